@@ -1,0 +1,212 @@
+"""The configuration tree, under the names of the public DAPO recipe.
+
+Immutable, and each section checks itself when it is made; checks across sections are in `check.py`.
+Batch sizes count prompts, as in the recipe; lengths count tokens; times are seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
+LossScale = Literal["global", "group", "reference"]
+KLPenalty = Literal["kl", "abs", "mse", "low_var_kl"]
+OnExhausted = Literal["carry", "error", "stop"]
+Surplus = Literal["carry", "discard"]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be: the message names the key, the value found, what is wanted and the remedy."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train_files: tuple[str, ...] = ()  # parquet or JSONL, in the recipe's schema
+    val_files: tuple[str, ...] = ()
+    prompt_key: str = "prompt"
+    truncation: Literal["left", "right", "middle", "error"] = "left"  # of prompts longer than max_prompt_length
+    filter_overlong_prompts: bool = False  # leave them out instead
+    max_prompt_length: int = 1024
+    max_response_length: int = 1024
+    train_batch_size: int = 64  # prompts accepted a step
+    gen_batch_size: int | None = None  # prompts drawn at most in one generation batch; train_batch_size if absent
+    shuffle: bool = True
+    seed: int = 1
+
+
+@dataclass(frozen=True)
+class KLControlConfig:
+    type: Literal["fixed"] = "fixed"
+    kl_coef: float = 0.0
+
+
+@dataclass(frozen=True)
+class FilterGroupsConfig:
+    enable: bool = False
+    metric: str = "acc"  # acc, score, seq_reward, seq_final_reward or a key that the reward function returns
+    max_num_gen_batches: int = 0  # generation batches a step; 0 or less: no limit
+    on_exhausted: OnExhausted = "carry"
+    surplus: Surplus = "carry"
+    max_staleness: int = 1  # policy versions that a carried group may be behind
+    min_valid: int | None = None  # usable responses that a group needs; all n if absent
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    adv_estimator: Literal["grpo"] = "grpo"
+    use_kl_in_reward: bool = False
+    kl_penalty: KLPenalty = "kl"  # the estimator of the KL in the reward
+    kl_ctrl: KLControlConfig = field(default_factory=KLControlConfig)
+    filter_groups: FilterGroupsConfig = field(default_factory=FilterGroupsConfig)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str = ""  # a Hugging Face checkpoint: config, safetensors, tokenizer
+    use_remove_padding: bool = True  # packed sequences; nothing else is offered
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 1e-6
+    lr_warmup_steps: int = 0  # training steps (one rollout each), not optimizer updates
+    lr_warmup_from_zero: bool = False  # the recipe: the first step trains at learning rate 0
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    min_lr: float = 0.0
+    weight_decay: float = 0.01
+    weight_decay_all: bool = True  # norms and biases too, as the recipe; false: Megatron's default, which exempts them
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True)
+class MegatronConfig:
+    """Megatron's own settings under Megatron's own names."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    sequence_parallel: bool = False
+    use_distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    recompute_granularity: Literal["full", "selective"] | None = None
+    recompute_method: Literal["uniform", "block"] | None = None
+    recompute_num_layers: int | None = None
+    params_dtype: Literal["float32", "bfloat16"] = "float32"
+    optimizer_cpu_offload: bool = False
+
+
+@dataclass(frozen=True)
+class ActorConfig:
+    ppo_mini_batch_size: int = 64  # prompts an optimizer update
+    ppo_epochs: int = 1
+    use_dynamic_bsz: bool = True
+    ppo_max_token_len_per_gpu: int = 16384  # tokens a micro-batch holds on one GPU (times context_parallel_size in all)
+    ppo_micro_batch_size_per_gpu: int | None = None  # sequences a micro-batch holds where use_dynamic_bsz is false
+    clip_ratio_low: float = 0.2
+    clip_ratio_high: float = 0.28
+    clip_ratio_c: float = 10.0
+    loss_agg_mode: LossAggMode = "token-mean"
+    loss_scale: LossScale = "global"
+    entropy_coeff: float = 0.0
+    use_kl_loss: bool = False
+    kl_loss_coef: float = 0.0
+    kl_loss_type: KLPenalty = "low_var_kl"
+    grad_clip: float = 1.0
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
+
+
+@dataclass(frozen=True)
+class ValKwargsConfig:
+    n: int = 1  # responses a prompt
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    do_sample: bool = False  # false: greedy
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    name: Literal["torch"] = "torch"
+    n: int = 8  # responses a prompt
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    max_num_seqs: int = 256  # sequences that an engine decodes at once
+    log_prob_use_dynamic_bsz: bool = True
+    log_prob_max_token_len_per_gpu: int | None = None  # ppo_max_token_len_per_gpu if absent
+    val_kwargs: ValKwargsConfig = field(default_factory=ValKwargsConfig)
+
+
+@dataclass(frozen=True)
+class RefConfig:
+    log_prob_use_dynamic_bsz: bool = True
+    log_prob_max_token_len_per_gpu: int | None = None
+
+
+@dataclass(frozen=True)
+class ActorRolloutRefConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    ref: RefConfig = field(default_factory=RefConfig)
+
+
+@dataclass(frozen=True)
+class OverlongBufferConfig:
+    enable: bool = False
+    len: int = 0
+    penalty_factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class RewardModelConfig:
+    reward_manager: Literal["dapo"] = "dapo"
+    overlong_buffer: OverlongBufferConfig = field(default_factory=OverlongBufferConfig)
+    overlong_filtering: bool = False  # a truncated response's tokens get weight 0
+    default_verifier: str = "math_dapo"
+    verifiers: dict[str, str] = field(default_factory=dict)  # data_source -> name of a verifier
+    strict_box_verify: bool = False
+    fallback_boxed: bool = False
+    num_workers: int = 2  # processes that score
+    timeout: float = 10.0  # seconds a response may take before its worker is killed
+    max_retries: int = 1  # after a timeout or an error
+    max_failure_rate: float = 0.1  # of a step's samples; above it the run stops
+
+
+@dataclass(frozen=True)
+class CustomRewardFunctionConfig:
+    path: str | None = None
+    name: str = "compute_score"
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    project_name: str = "megatron_dapo"
+    experiment_name: str = "run"
+    logger: tuple[str, ...] = ("console",)
+    nnodes: int = 1
+    n_gpus_per_node: int = 1
+    val_before_train: bool = True
+    test_freq: int = -1  # training steps between evaluations; 0 or less: never
+    save_freq: int = -1
+    total_epochs: int = 1
+    total_training_steps: int | None = None
+    default_local_dir: str = "runs/default"
+    resume_mode: str = "auto"  # auto, disable or the path of a checkpoint
+    max_bad_updates: int = 3  # updates in a row with a NaN or infinite loss or gradient before the run stops
+    log_samples: int = 64  # samples written to samples.jsonl a step
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    data: DataConfig = field(default_factory=DataConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    actor_rollout_ref: ActorRolloutRefConfig = field(default_factory=ActorRolloutRefConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    custom_reward_function: CustomRewardFunctionConfig = field(default_factory=CustomRewardFunctionConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)

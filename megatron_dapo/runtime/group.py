@@ -1,0 +1,49 @@
+"""The two shapes of a distributed call. The trainer knows these, not who schedules the processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+
+class Handle(Protocol):
+    """A call under way on every rank of a group."""
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        """(rank, item) as they arrive: each value a generator method yields, or the one value a plain method returns."""
+        ...
+
+    def result(self) -> list[Any]:
+        """Wait for all ranks. [rank] -> the returned value; a generator method's yielded values as a list."""
+        ...
+
+
+class WorkerGroup(Protocol):
+    """Workers of one class, one a rank."""
+
+    size: int
+
+    def start(self, method: Callable[..., Any], shards: Sequence[Any]) -> Handle:
+        """Run `method(worker, shards[rank])` on every rank; `method` is the unbound function, `Worker.method`.
+
+        Raises:
+            ValueError: len(shards) is not `size`.
+            WorkerError: (from the handle too) a rank failed; names the rank, the phase and holds its traceback.
+        """
+        ...
+
+    def call(self, method: Callable[..., Any], shards: Sequence[Any]) -> list[Any]:
+        """start(...).result()"""
+        ...
+
+    def call_all(self, method: Callable[..., Any], argument: Any = None) -> list[Any]:
+        """The same argument on every rank."""
+        ...
+
+
+class WorkerError(RuntimeError):
+    """A worker failed. The message names rank and phase and ends with the rank's own traceback."""
+
+    def __init__(self, rank: int, phase: str, traceback: str):
+        super().__init__(f"rank {rank} failed in {phase}:\n{traceback}")
+        self.rank, self.phase, self.traceback = rank, phase, traceback

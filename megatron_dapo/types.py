@@ -1,0 +1,199 @@
+"""What flows through a training step: one frozen type a stage.
+
+    Prompt -> Request -> Completion -> Sample -> Group -> SequenceBatch -> MicroBatch
+
+Everything here is plain numpy, so that it travels between processes as it is. Axes:
+`R` response tokens of one sequence, `S` sequences, `T` tokens of all sequences back to back (prompts and
+responses), `N` response tokens of all sequences back to back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float32]
+
+FinishReason = Literal["stop", "length", "abort"]
+RewardStatus = Literal["ok", "unparsable", "timeout", "error"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of a dataset, ready to be sent to an engine."""
+
+    index: int  # position in the dataset after filtering: stable for one set of files and settings
+    token_ids: IntArray  # [P]
+    text: str  # the chat template applied
+    data_source: str
+    ground_truth: str
+    extra_info: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How an engine draws tokens. `temperature` 0 is greedy; `top_k` -1 is off."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to be written. (draw_index, sample_index) names it for its whole life."""
+
+    draw_index: int
+    sample_index: int
+    prompt_ids: IntArray  # [P]
+    seed: int
+    params: SamplingParams
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One response as the engine wrote it.
+
+    `logprobs` are those of the distribution that was really sampled (temperature, top-p, top-k included).
+    With finish reason "stop" the last token is the end-of-sequence token.
+    """
+
+    draw_index: int
+    sample_index: int
+    token_ids: IntArray  # [R]
+    logprobs: FloatArray  # [R]
+    finish_reason: FinishReason
+    weight_version: int
+
+
+@dataclass(frozen=True)
+class RewardResult:
+    """What a verifier said of one response.
+
+    `metrics` holds every number that the reward function returned, `score` and `acc` among them. It is empty,
+    and `score` is NaN, where `status` is "timeout" or "error"; `detail` then says what happened.
+    """
+
+    status: RewardStatus
+    score: float
+    metrics: Mapping[str, float]
+    pred: str = ""
+    detail: str = ""
+
+    @property
+    def usable(self) -> bool:
+        return self.status in ("ok", "unparsable")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A completion with its reward. `reward` = verifier's score + overlong penalty, less KL where it is in the reward."""
+
+    completion: Completion
+    result: RewardResult
+    overlong_penalty: float
+    reward: float
+
+    @property
+    def length(self) -> int:
+        """Response tokens."""
+        return len(self.completion.token_ids)
+
+
+@dataclass(frozen=True)
+class Group:
+    """All usable responses to one draw of one prompt."""
+
+    draw_index: int
+    prompt: Prompt
+    samples: tuple[Sample, ...]
+    weight_version: int  # of the policy that wrote the oldest of them
+
+
+@dataclass(frozen=True)
+class SequenceBatch:
+    """S sequences, each prompt + response, back to back in one buffer."""
+
+    token_ids: IntArray  # [T]
+    lengths: IntArray  # [S] prompt + response tokens
+    prompt_lengths: IntArray  # [S]
+
+    @staticmethod
+    def from_groups(groups: Iterable[Group]) -> SequenceBatch:
+        """The groups' samples in order: group by group, sample by sample."""
+        rows = [(g.prompt.token_ids, s.completion.token_ids) for g in groups for s in g.samples]
+        parts = [part for row in rows for part in row]
+        return SequenceBatch(
+            token_ids=np.concatenate(parts) if parts else np.zeros(0, np.int64),
+            lengths=np.array([len(p) + len(r) for p, r in rows], np.int64),
+            prompt_lengths=np.array([len(p) for p, _ in rows], np.int64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def response_lengths(self) -> IntArray:
+        return self.lengths - self.prompt_lengths
+
+    @cached_property
+    def cu_seqlens(self) -> IntArray:
+        """[S+1] where each sequence starts in `token_ids`."""
+        return np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
+
+    @cached_property
+    def cu_responses(self) -> IntArray:
+        """[S+1] where each response starts in an array over response tokens [N]."""
+        return np.concatenate([[0], np.cumsum(self.response_lengths)]).astype(np.int64)
+
+    def select(self, indices: Sequence[int]) -> SequenceBatch:
+        """The sequences at `indices`, in that order."""
+        return SequenceBatch(
+            token_ids=take_ragged(self.token_ids, self.cu_seqlens, indices),
+            lengths=self.lengths[list(indices)],
+            prompt_lengths=self.prompt_lengths[list(indices)],
+        )
+
+
+def take_ragged(values: NDArray, offsets: IntArray, indices: Sequence[int]) -> NDArray:
+    """The rows at `indices` of a ragged array, back to back: values[offsets[i]:offsets[i+1]] for each i."""
+    parts = [values[offsets[i] : offsets[i + 1]] for i in indices]
+    return np.concatenate(parts) if parts else values[:0]
+
+
+@dataclass(frozen=True)
+class TokenTerms:
+    """What the loss needs of each response token, [N] each, float32.
+
+    `weight` is the aggregation: the loss is the plain sum of weight x loss over all tokens of a mini-batch.
+    `ref_logp` is there where a KL term is part of the loss.
+    """
+
+    weight: FloatArray
+    advantage: FloatArray
+    old_logp: FloatArray
+    ref_logp: FloatArray | None
+
+    def select(self, offsets: IntArray, indices: Sequence[int]) -> TokenTerms:
+        """The terms of the sequences at `indices`; `offsets` is their batch's `cu_responses`."""
+        return TokenTerms(
+            weight=take_ragged(self.weight, offsets, indices),
+            advantage=take_ragged(self.advantage, offsets, indices),
+            old_logp=take_ragged(self.old_logp, offsets, indices),
+            ref_logp=None if self.ref_logp is None else take_ragged(self.ref_logp, offsets, indices),
+        )
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one data-parallel rank trains on in one forward and backward pass."""
+
+    sequences: SequenceBatch
+    terms: TokenTerms
