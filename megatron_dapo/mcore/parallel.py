@@ -1,0 +1,100 @@
+"""The ranks: process groups of Megatron's model parallelism, and where this rank stands in them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_dapo.config.tree import MegatronConfig
+
+
+@dataclass(frozen=True)
+class RankLayout:
+    """Where one rank stands. Ranks that differ in the data-parallel rank alone hold the same slice of the model."""
+
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    cp_rank: int
+    cp_size: int
+    dp_rank: int
+    dp_size: int
+
+    @property
+    def reports(self) -> bool:
+        """True on the one rank of a data-parallel replica that speaks for it: its last pipeline stage."""
+        return self.pp_rank == self.pp_size - 1 and self.tp_rank == 0 and self.cp_rank == 0
+
+
+def initialize(config: MegatronConfig, seed: int, timeout: timedelta = timedelta(minutes=30)) -> RankLayout:
+    """Make Megatron's process groups over all ranks of the job and seed its random streams.
+
+    A process that torchrun did not start becomes a world of one. May be called again with another layout after
+    `parallel_state.destroy_model_parallel()`.
+
+    Raises:
+        ValueError: the world size is not divisible by tensor x pipeline x context.
+    """
+    if not dist.is_initialized():
+        _start_process_group(timeout)
+    check_divides(config, dist.get_world_size())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
+        context_parallel_size=config.context_parallel_size,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return current_layout()
+
+
+def check_divides(config: MegatronConfig, world_size: int) -> None:
+    tp, pp, cp = (
+        config.tensor_model_parallel_size,
+        config.pipeline_model_parallel_size,
+        config.context_parallel_size,
+    )
+    model = tp * pp * cp
+    if world_size % model:
+        fits = " or ".join(str(n) for n in {max(model, world_size // model * model), (world_size // model + 1) * model})
+        raise ValueError(
+            f"world size {world_size} is not divisible by tensor {tp} x pipeline {pp} x context {cp} = {model}; "
+            f"start {fits} processes, or change actor_rollout_ref.actor.megatron"
+        )
+
+
+def current_layout() -> RankLayout:
+    return RankLayout(
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _start_process_group(timeout: timedelta) -> None:
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if "RANK" in os.environ:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1, timeout=timeout)

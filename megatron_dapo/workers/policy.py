@@ -1,0 +1,117 @@
+"""What a rank of the policy does: log-probs, updates, weights out; and the frozen reference on the same ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from megatron_dapo.config.tree import MegatronConfig, OptimConfig
+from megatron_dapo.mcore.families import shape_of
+from megatron_dapo.mcore.fused_loss import Objective
+from megatron_dapo.mcore.model import build_model
+from megatron_dapo.mcore.optimizer import (
+    apply_update,
+    build_optimizer,
+    gather_parameters,
+    wrap_for_training,
+    zero_gradients,
+)
+from megatron_dapo.mcore.parallel import RankLayout, initialize
+from megatron_dapo.mcore.schedule import Model, TokenStats, forward_backward, log_probs
+from megatron_dapo.mcore.weights import export_hf, load_hf
+from megatron_dapo.types import MicroBatch, SequenceBatch
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """All that a policy rank needs to know."""
+
+    model_path: str
+    packed: bool
+    megatron: MegatronConfig
+    optim: OptimConfig
+    grad_clip: float
+    objective: Objective
+    seed: int
+    with_reference: bool  # keep the first weights, frozen, for a KL term
+
+
+@dataclass(frozen=True)
+class UpdateShard:
+    """One data-parallel rank's share of a step: micro-batches of each mini-batch, in order."""
+
+    mini_batches: tuple[tuple[MicroBatch, ...], ...]
+    lr: float
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """One optimizer update. `sums` (mcore.fused_loss.SUMS) are this data-parallel replica's: add them up."""
+
+    applied: bool
+    grad_norm: float
+    lr: float
+    sums: dict[str, float]
+
+
+class PolicyWorker:
+    """Megatron's model, optimizer and schedule on one rank."""
+
+    def __init__(self, settings: PolicySettings):
+        self.settings = settings
+        self.layout = initialize(settings.megatron, settings.seed)
+        self.shape = shape_of(AutoConfig.from_pretrained(settings.model_path))
+        self.chunks = build_model(self.shape, settings.megatron)
+        load_hf(self.chunks, self.shape, settings.model_path)
+        self.modules = wrap_for_training(self.chunks, settings.megatron)
+        self.optimizer = build_optimizer(self.modules, settings.optim, settings.megatron, settings.grad_clip)
+        self.model = Model(self.modules, settings.objective, settings.packed, self.chunks[0].config)
+        self._reference = _copy_of(self.chunks) if settings.with_reference else []
+
+    def rank_layout(self, _: None) -> RankLayout:
+        return self.layout
+
+    def log_probs(self, micro_batches: tuple[SequenceBatch, ...]) -> list[TokenStats]:
+        """Log-probs of each micro-batch under the present weights; empty on ranks that do not report."""
+        found = log_probs(self.model, micro_batches).tokens
+        return found if self.layout.reports else []
+
+    def reference_log_probs(self, micro_batches: tuple[SequenceBatch, ...]) -> list[TokenStats]:
+        """The same under the weights that training began with."""
+        self._swap_reference()
+        try:
+            return self.log_probs(micro_batches)
+        finally:
+            self._swap_reference()
+
+    def update(self, shard: UpdateShard) -> Iterator[UpdateStats]:
+        """One optimizer update a mini-batch; nothing is yielded on ranks that do not report."""
+        for micro_batches in shard.mini_batches:
+            zero_gradients(self.modules, self.optimizer)
+            result = forward_backward(self.model, micro_batches)
+            outcome = apply_update(self.optimizer, shard.lr, result.sums["loss"])
+            if self.layout.reports:
+                yield UpdateStats(outcome.applied, outcome.grad_norm, shard.lr, result.sums)
+        gather_parameters(self.modules, self.settings.megatron)
+
+    def export(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every weight under its Hugging Face name; collective over tensor and pipeline parallelism."""
+        return export_hf(self.chunks, self.shape)
+
+    def _swap_reference(self) -> None:
+        for param, kept in zip(_parameters(self.chunks), self._reference, strict=True):
+            present = param.data.clone()
+            param.data.copy_(kept)
+            kept.copy_(present)
+
+
+def _parameters(chunks: Any) -> list[torch.nn.Parameter]:
+    return [param for chunk in chunks for param in chunk.parameters()]
+
+
+def _copy_of(chunks: Any) -> list[torch.Tensor]:
+    return [param.data.to("cpu", copy=True) for param in _parameters(chunks)]
