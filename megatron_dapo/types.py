@@ -94,7 +94,7 @@ class RewardResult:
 
 @dataclass(frozen=True)
 class Sample:
-    """A completion with its reward. `reward` = verifier's score + overlong penalty, less KL where it is in the reward."""
+    """A completion with its reward: verifier's score + overlong penalty, less KL where it is in the reward."""
 
     completion: Completion
     result: RewardResult

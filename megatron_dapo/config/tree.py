@@ -9,15 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_dapo.config.bounds import ConfigError, above, at_least, at_most
+
 LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
 LossScale = Literal["global", "group", "reference"]
 KLPenalty = Literal["kl", "abs", "mse", "low_var_kl"]
 OnExhausted = Literal["carry", "error", "stop"]
 Surplus = Literal["carry", "discard"]
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be: the message names the key, the value found, what is wanted and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +32,18 @@ class DataConfig:
     shuffle: bool = True
     seed: int = 1
 
+    def __post_init__(self) -> None:
+        at_least(self, 1, "max_prompt_length", "max_response_length", "train_batch_size", "gen_batch_size")
+        at_least(self, 0, "seed")
+
 
 @dataclass(frozen=True)
 class KLControlConfig:
     type: Literal["fixed"] = "fixed"
     kl_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "kl_coef")
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,12 @@ class FilterGroupsConfig:
     max_staleness: int = 1  # policy versions that a carried group may be behind
     min_valid: int | None = None  # usable responses that a group needs; all n if absent
 
+    def __post_init__(self) -> None:
+        at_least(self, 0, "max_staleness")
+        at_least(self, 1, "min_valid")
+        if not self.metric:
+            raise ConfigError("metric is empty: wanted acc, score, seq_reward, seq_final_reward or a reward's own key")
+
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
@@ -60,11 +71,19 @@ class AlgorithmConfig:
     kl_ctrl: KLControlConfig = field(default_factory=KLControlConfig)
     filter_groups: FilterGroupsConfig = field(default_factory=FilterGroupsConfig)
 
+    def __post_init__(self) -> None:
+        filtering = self.filter_groups
+        if filtering.enable and filtering.metric == "seq_final_reward" and not self.use_kl_in_reward:
+            raise ConfigError(
+                "filter_groups.metric is seq_final_reward, the reward after KL, but use_kl_in_reward is false: "
+                "use metric seq_reward, or set use_kl_in_reward=true"
+            )
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     path: str = ""  # a Hugging Face checkpoint: config, safetensors, tokenizer
-    use_remove_padding: bool = True  # packed sequences; nothing else is offered
+    use_remove_padding: bool = True  # sequences packed into one row; false: a row a sequence, padded
 
 
 @dataclass(frozen=True)
@@ -78,6 +97,14 @@ class OptimConfig:
     weight_decay_all: bool = True  # norms and biases too, as the recipe; false: Megatron's default, which exempts them
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "lr", "lr_warmup_steps", "min_lr", "weight_decay")
+        above(self, 0, "eps")
+        if self.min_lr > self.lr:
+            raise ConfigError(f"min_lr is {self.min_lr}: wanted at most lr, {self.lr}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas are {list(self.betas)}: wanted two numbers from 0 to below 1")
 
 
 @dataclass(frozen=True)
@@ -97,6 +124,46 @@ class MegatronConfig:
     recompute_num_layers: int | None = None
     params_dtype: Literal["float32", "bfloat16"] = "float32"
     optimizer_cpu_offload: bool = False
+
+    @property
+    def model_parallel_size(self) -> int:
+        """GPUs that hold one copy of the model and of one micro-batch: tensor x pipeline x context."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        at_least(self, 1, "recompute_num_layers")
+        at_least(self, 2, "virtual_pipeline_model_parallel_size")
+        if self.virtual_pipeline_model_parallel_size is not None and self.pipeline_model_parallel_size == 1:
+            raise ConfigError(
+                f"virtual_pipeline_model_parallel_size is {self.virtual_pipeline_model_parallel_size} with "
+                "pipeline_model_parallel_size 1: set a pipeline of at least 2, or leave it out"
+            )
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ConfigError(
+                "sequence_parallel is true with tensor_model_parallel_size 1: it splits along the tensor-parallel "
+                "group; set tensor_model_parallel_size to at least 2, or sequence_parallel=false"
+            )
+        if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
+            raise ConfigError(
+                "overlap_param_gather is true: it needs use_distributed_optimizer=true and overlap_grad_reduce=true"
+            )
+        self._check_recompute()
+
+    def _check_recompute(self) -> None:
+        full = self.recompute_granularity == "full"
+        parts = {"recompute_method": self.recompute_method, "recompute_num_layers": self.recompute_num_layers}
+        for name, value in parts.items():
+            if full and value is None:
+                raise ConfigError(
+                    f"{name} is absent: recompute_granularity full needs recompute_method and recompute_num_layers "
+                    "(uniform and 1 recompute each layer by itself)"
+                )
+            if not full and value is not None:
+                raise ConfigError(
+                    f"{name} is {value} with recompute_granularity {self.recompute_granularity}: "
+                    "it belongs to recompute_granularity full; leave it out"
+                )
 
 
 @dataclass(frozen=True)
@@ -119,6 +186,18 @@ class ActorConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
 
+    def __post_init__(self) -> None:
+        at_least(self, 1, "ppo_mini_batch_size", "ppo_epochs", "ppo_max_token_len_per_gpu")
+        at_least(self, 1, "ppo_micro_batch_size_per_gpu")
+        above(self, 0, "clip_ratio_low", "clip_ratio_high")
+        above(self, 1, "clip_ratio_c")
+        at_least(self, 0, "kl_loss_coef", "grad_clip")
+        if not self.use_dynamic_bsz and self.ppo_micro_batch_size_per_gpu is None:
+            raise ConfigError(
+                "ppo_micro_batch_size_per_gpu is absent and use_dynamic_bsz is false: "
+                "give the sequences of a micro-batch, or set use_dynamic_bsz=true"
+            )
+
 
 @dataclass(frozen=True)
 class ValKwargsConfig:
@@ -127,6 +206,14 @@ class ValKwargsConfig:
     top_p: float = 1.0
     top_k: int = -1
     do_sample: bool = False  # false: greedy
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "n")
+        at_least(self, 0, "temperature")
+        above(self, 0, "top_p")
+        at_most(self, 1, "top_p")
+        if self.top_k < 1 and self.top_k != -1:
+            raise ConfigError(f"top_k is {self.top_k}: wanted at least 1, or -1 for off")
 
 
 @dataclass(frozen=True)
@@ -141,11 +228,24 @@ class RolloutConfig:
     log_prob_max_token_len_per_gpu: int | None = None  # ppo_max_token_len_per_gpu if absent
     val_kwargs: ValKwargsConfig = field(default_factory=ValKwargsConfig)
 
+    def __post_init__(self) -> None:
+        at_least(self, 1, "n", "max_num_seqs", "log_prob_max_token_len_per_gpu")
+        above(self, 0, "temperature")
+        for name, off in (("top_p", 1.0), ("top_k", -1)):
+            if getattr(self, name) != off:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}: training samples from the whole distribution, which the "
+                    f"importance ratio is taken against; wanted {off} ({name} for evaluation is in val_kwargs)"
+                )
+
 
 @dataclass(frozen=True)
 class RefConfig:
     log_prob_use_dynamic_bsz: bool = True
-    log_prob_max_token_len_per_gpu: int | None = None
+    log_prob_max_token_len_per_gpu: int | None = None  # ppo_max_token_len_per_gpu if absent
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "log_prob_max_token_len_per_gpu")
 
 
 @dataclass(frozen=True)
@@ -162,6 +262,11 @@ class OverlongBufferConfig:
     len: int = 0
     penalty_factor: float = 1.0
 
+    def __post_init__(self) -> None:
+        at_least(self, 0, "len", "penalty_factor")
+        if self.enable and self.len == 0:
+            raise ConfigError("len is 0 with enable true: wanted the buffer's tokens, at least 1, or enable=false")
+
 
 @dataclass(frozen=True)
 class RewardModelConfig:
@@ -177,6 +282,12 @@ class RewardModelConfig:
     max_retries: int = 1  # after a timeout or an error
     max_failure_rate: float = 0.1  # of a step's samples; above it the run stops
 
+    def __post_init__(self) -> None:
+        at_least(self, 1, "num_workers")
+        above(self, 0, "timeout")
+        at_least(self, 0, "max_retries", "max_failure_rate")
+        at_most(self, 1, "max_failure_rate")
+
 
 @dataclass(frozen=True)
 class CustomRewardFunctionConfig:
@@ -189,8 +300,8 @@ class TrainerConfig:
     project_name: str = "megatron_dapo"
     experiment_name: str = "run"
     logger: tuple[str, ...] = ("console",)
-    nnodes: int = 1
-    n_gpus_per_node: int = 1
+    nnodes: int | None = None  # as the launcher started, if absent
+    n_gpus_per_node: int | None = None  # likewise
     val_before_train: bool = True
     test_freq: int = -1  # training steps between evaluations; 0 or less: never
     save_freq: int = -1
@@ -200,6 +311,10 @@ class TrainerConfig:
     resume_mode: str = "auto"  # auto, disable or the path of a checkpoint
     max_bad_updates: int = 3  # updates in a row with a NaN or infinite loss or gradient before the run stops
     log_samples: int = 64  # samples written to samples.jsonl a step
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "nnodes", "n_gpus_per_node", "total_epochs", "total_training_steps", "max_bad_updates")
+        at_least(self, 0, "log_samples")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import cast
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 
@@ -29,7 +30,7 @@ class DapoHead(ColumnParallelLinear):
         """Turn a model's output layer into a head, keeping its parameters and all that points to them."""
         layer.__class__ = DapoHead
         head = cast(DapoHead, layer)
-        head.vocabulary = Vocabulary(vocab_size, layer.tp_group)
+        head.vocabulary = Vocabulary(vocab_size, cast(dist.ProcessGroup, layer.tp_group))
         return head
 
     def forward(  # type: ignore[override]
@@ -39,7 +40,7 @@ class DapoHead(ColumnParallelLinear):
         runtime_gather_output: bool | None = None,
     ) -> tuple[torch.Tensor, None]:
         """hidden [t(/tp under SP), b, h] -> ([1, 1] loss, no bias)."""
-        weight = self.weight if weight is None else weight
+        weight = cast(torch.Tensor, self.weight) if weight is None else weight
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
         else:

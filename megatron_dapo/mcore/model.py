@@ -30,7 +30,7 @@ def build_model(shape: ModelShape, config: MegatronConfig) -> list[GPTModel]:
     """This rank's model chunks, uninitialised weights, one a virtual pipeline stage. Process groups must be there.
 
     Raises:
-        ValueError: heads, feed-forward width or layers that the layout cannot split.
+        ConfigError: heads, feed-forward width or layers that the layout cannot split.
     """
     shape.check_splits(
         config.tensor_model_parallel_size,
@@ -132,11 +132,11 @@ def _layer_spec(config: TransformerConfig, stage: int | None) -> Any:
 
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
-    inner = layer.submodules
+    inner: Any = layer.submodules
     inner.input_layernorm = inner.pre_mlp_layernorm = RMSNorm
     attention = inner.self_attention.submodules
     attention.core_attention = SDPAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     count = get_num_layers_to_build(config, vp_stage=stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -63,7 +63,8 @@ def build_optimizer(
         optimizer_offload_fraction=1.0 if megatron.optimizer_cpu_offload else 0.0,
     )
     # Without overrides every parameter decays, as in the recipe; None is Megatron's default: norms and biases do not.
-    return get_megatron_optimizer(settings, list(modules), config_overrides={} if config.weight_decay_all else None)
+    overrides = {} if config.weight_decay_all else None
+    return cast(ChainedOptimizer, get_megatron_optimizer(settings, list(modules), config_overrides=overrides))
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
@@ -100,7 +101,7 @@ def apply_update(optimizer: ChainedOptimizer, lr: float, loss: float) -> UpdateO
         return UpdateOutcome(False, grad_norm)
     for part in optimizer.chained_optimizers:
         if part.config.clip_grad > 0:
-            clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, grad_norm)
+            clip_grad_by_total_norm_fp32(list(part.get_parameters()), part.config.clip_grad, grad_norm)
     optimizer.step_with_ready_grads()
     return UpdateOutcome(True, grad_norm)
 

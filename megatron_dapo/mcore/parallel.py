@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_dapo.config.tree import MegatronConfig
+from megatron_dapo.config.tree import ConfigError, MegatronConfig
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def initialize(config: MegatronConfig, seed: int, timeout: timedelta = timedelta
     `parallel_state.destroy_model_parallel()`.
 
     Raises:
-        ValueError: the world size is not divisible by tensor x pipeline x context.
+        ConfigError: the world size is not divisible by tensor x pipeline x context.
     """
     if not dist.is_initialized():
         _start_process_group(timeout)
@@ -64,7 +64,7 @@ def check_divides(config: MegatronConfig, world_size: int) -> None:
     model = tp * pp * cp
     if world_size % model:
         fits = " or ".join(str(n) for n in {max(model, world_size // model * model), (world_size // model + 1) * model})
-        raise ValueError(
+        raise ConfigError(
             f"world size {world_size} is not divisible by tensor {tp} x pipeline {pp} x context {cp} = {model}; "
             f"start {fits} processes, or change actor_rollout_ref.actor.megatron"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_dapo.mcore.batch import RankBatch, rank_batch
 from megatron_dapo.mcore.fused_loss import SUMS, Objective
+from megatron_dapo.mcore.head import DapoHead
 from megatron_dapo.mcore.parallel import RankLayout, current_layout
 from megatron_dapo.types import FloatArray, MicroBatch, SequenceBatch
 
@@ -79,7 +80,7 @@ def _forward_step(objective: Objective) -> Any:
     def step(iterator: Iterator[RankBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         batch = next(iterator)
         last = get_attr_wrapped_model(model, "post_process")
-        head = get_attr_wrapped_model(model, "output_layer") if last else None
+        head = cast(DapoHead, get_attr_wrapped_model(model, "output_layer")) if last else None
         if head is not None:
             head.inputs, head.objective = batch.head, objective
         output = model(batch.model.token_ids, batch.model.position_ids, None, packed_seq_params=batch.model.packed)

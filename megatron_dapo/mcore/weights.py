@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -48,6 +48,21 @@ def load_hf(chunks: Sequence[GPTModel], shape: ModelShape, path: str | Path) -> 
                 data[piece.local_index(data.dim())] = reader.read(piece, data.dim())
 
 
+def read_hf(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every tensor in the safetensors of `path`, one at a time.
+
+    Raises:
+        CheckpointError: a missing file.
+    """
+    by_file: dict[Path, list[str]] = defaultdict(list)
+    for name, file in _tensor_files(Path(path)).items():
+        by_file[file].append(name)
+    for file, names in by_file.items():
+        with safe_open(str(file), framework="pt") as handle:
+            for name in names:
+                yield name, handle.get_tensor(name)
+
+
 def export_hf(chunks: Sequence[GPTModel], shape: ModelShape) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the checkpoint under its Hugging Face name, in full, in the checkpoint's order, on every rank.
 
@@ -68,7 +83,7 @@ def local_parameters(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.nn
     """(global Megatron name, parameter) of every parameter on this rank."""
     for chunk in chunks:
         layers = chunk.decoder.layers
-        offset = layers[0].layer_number - 1 if len(layers) else 0
+        offset = cast(int, layers[0].layer_number) - 1 if len(layers) else 0
         for name, param in chunk.named_parameters():
             yield global_name(name, offset), param
 
@@ -109,8 +124,8 @@ def _shared(
     if owner == layout.pp_rank and layout.tp_size > 1 and split:
         dist.all_reduce(full, group=parallel_state.get_tensor_model_parallel_group())
     if layout.pp_size > 1:
-        source = dist.get_global_rank(parallel_state.get_pipeline_model_parallel_group(), owner)
-        dist.broadcast(full, source, group=parallel_state.get_pipeline_model_parallel_group())
+        group = cast(dist.ProcessGroup, parallel_state.get_pipeline_model_parallel_group())
+        dist.broadcast(full, dist.get_global_rank(group, owner), group=group)
     return full
 
 

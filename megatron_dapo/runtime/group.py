@@ -10,7 +10,7 @@ class Handle(Protocol):
     """A call under way on every rank of a group."""
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        """(rank, item) as they arrive: each value a generator method yields, or the one value a plain method returns."""
+        """(rank, item) as they arrive: each value that a generator yields, or the one that another method returns."""
         ...
 
     def result(self) -> list[Any]:

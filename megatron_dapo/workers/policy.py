@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import AutoConfig
 
 from megatron_dapo.config.tree import MegatronConfig, OptimConfig
+from megatron_dapo.mcore import checkpoint
 from megatron_dapo.mcore.families import shape_of
+from megatron_dapo.mcore.families.names import hf_shapes
 from megatron_dapo.mcore.fused_loss import Objective
-from megatron_dapo.mcore.model import build_model
+from megatron_dapo.mcore.hf_save import save_hf
+from megatron_dapo.mcore.model import DTYPES, build_model
 from megatron_dapo.mcore.optimizer import (
     apply_update,
     build_optimizer,
@@ -101,6 +106,20 @@ class PolicyWorker:
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every weight under its Hugging Face name; collective over tensor and pipeline parallelism."""
         return export_hf(self.chunks, self.shape)
+
+    def save(self, path: str) -> None:
+        """Model and optimizer into the existing folder `path`."""
+        checkpoint.save(self.chunks, self.optimizer, path)
+
+    def load(self, path: str) -> None:
+        """What `save` wrote, on any layout."""
+        checkpoint.load(self.chunks, self.optimizer, path)
+
+    def save_hf(self, path: str) -> None:
+        """The present weights as a Hugging Face checkpoint, written by rank 0."""
+        dtype = DTYPES[self.settings.megatron.params_dtype]
+        first = dist.get_rank() == 0
+        save_hf(self.export(), hf_shapes(self.shape), dtype, self.settings.model_path, Path(path), writes=first)
 
     def _swap_reference(self) -> None:
         for param, kept in zip(_parameters(self.chunks), self._reference, strict=True):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_dapo.config.tree import ConfigError
 from megatron_dapo.mcore.families.dense import Family, ModelShape, read_shape
 
 FAMILIES: dict[str, Family] = {
@@ -20,11 +21,11 @@ def shape_of(hf_config: Any) -> ModelShape:
     """The shape of the model that a Hugging Face config describes.
 
     Raises:
-        ValueError: a family that is not in the table, or a setting of it that is not supported.
+        ConfigError: a family that is not in the table, or a setting of it that is not supported.
     """
     family = FAMILIES.get(hf_config.model_type)
     if family is None:
-        raise ValueError(
+        raise ConfigError(
             f"model_type {hf_config.model_type!r} is not a family that can be trained here; "
             f"there are {', '.join(sorted(FAMILIES))} (see mcore/families)"
         )

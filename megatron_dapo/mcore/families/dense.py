@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_dapo.config.tree import ConfigError
+
 # Megatron fixes these of Llama-3.1's frequency scaling and takes only the factor.
 _LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -46,7 +48,7 @@ class ModelShape:
         return -(-self.vocab_size // tp_size) * tp_size
 
     def check_splits(self, tp_size: int, pp_size: int, vpp_size: int | None) -> None:
-        """Raises ValueError where the heads, the feed-forward width or the layers cannot be split."""
+        """Raises ConfigError where the heads, the feed-forward width or the layers cannot be split."""
         for what, number in (
             ("num_attention_heads", self.num_heads),
             ("num_key_value_heads", self.num_kv_heads),
@@ -54,14 +56,14 @@ class ModelShape:
         ):
             if number % tp_size:
                 fits = [n for n in range(1, tp_size) if number % n == 0]
-                raise ValueError(
+                raise ConfigError(
                     f"{what} {number} cannot be split over tensor_model_parallel_size {tp_size}; use one of {fits}"
                 )
         stages = pp_size * (vpp_size or 1)
         if self.num_layers % stages:
-            raise ValueError(
+            raise ConfigError(
                 f"{self.num_layers} layers cannot be split over {stages} pipeline stages "
-                f"(pipeline_model_parallel_size {pp_size} x virtual {vpp_size or 1}); use a divisor of {self.num_layers}"
+                f"(pipeline {pp_size} x virtual pipeline {vpp_size or 1}); use a divisor of {self.num_layers}"
             )
 
 
@@ -71,9 +73,9 @@ def read_shape(family: Family, hf_config: Any) -> ModelShape:
     heads = hf_config.num_attention_heads
     sliding = getattr(hf_config, "use_sliding_window", False)
     if sliding:
-        raise ValueError("use_sliding_window true is not supported; set it to false in the model's config.json")
+        raise ConfigError("use_sliding_window true is not supported; set it to false in the model's config.json")
     if hf_config.hidden_act != "silu":
-        raise ValueError(f"hidden_act {hf_config.hidden_act!r} is not supported; wanted 'silu'")
+        raise ConfigError(f"hidden_act {hf_config.hidden_act!r} is not supported; wanted 'silu'")
     return ModelShape(
         family=family,
         num_layers=hf_config.num_hidden_layers,
@@ -103,7 +105,7 @@ def _llama3_factor(rope: dict[str, Any]) -> float | None:
         return None
     found = {key: rope.get(key) for key in _LLAMA3_SCALING}
     if kind != "llama3" or found != _LLAMA3_SCALING:
-        raise ValueError(
+        raise ConfigError(
             f"rope_type {kind!r} with {found} is not supported; "
             f"wanted 'default', or 'llama3' with {_LLAMA3_SCALING} (what Megatron-Core computes)"
         )

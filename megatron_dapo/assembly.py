@@ -1,0 +1,317 @@
+"""From a configuration to a run: the workers of each rank, and on the driver the trainer around them.
+
+The one place that knows which parts there are. Choosing by name happens in visible tables; here they are put together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from megatron_dapo.algo.loss import PolicyLossConfig
+from megatron_dapo.algo.overlong import overlong_penalty
+from megatron_dapo.checkpoints import CheckpointStore
+from megatron_dapo.config.convert import to_dict
+from megatron_dapo.config.tree import ConfigError, RunConfig
+from megatron_dapo.data.dynamic_sampling import DynamicSampler, SamplerSettings
+from megatron_dapo.data.generation import GroupRollout
+from megatron_dapo.data.prompts import PromptDataset, load_prompts
+from megatron_dapo.data.stream import PromptStream
+from megatron_dapo.evaluation import Evaluator
+from megatron_dapo.interrupts import Interrupts
+from megatron_dapo.mcore.fused_loss import Objective
+from megatron_dapo.mcore.model import DTYPES
+from megatron_dapo.mcore.parallel import device
+from megatron_dapo.obs.loggers import Loggers
+from megatron_dapo.obs.run_info import RunInfo
+from megatron_dapo.obs.samples import SampleLog
+from megatron_dapo.obs.timers import Timers
+from megatron_dapo.rewards.guarded import GuardedPool
+from megatron_dapo.rewards.pool import RewardPool
+from megatron_dapo.rewards.table import RewardTask, VerifierSpec
+from megatron_dapo.rollout.torch_engine import TorchEngine
+from megatron_dapo.runtime.group import WorkerGroup
+from megatron_dapo.runtime.host import WorkerHost
+from megatron_dapo.sync.embedded import EmbeddedSync, load_checkpoint_weights
+from megatron_dapo.trainer import Trainer
+from megatron_dapo.training_step import StepRules, final_rewards
+from megatron_dapo.types import IntArray, Prompt, SamplingParams
+from megatron_dapo.workers.policy import PolicySettings, PolicyWorker
+from megatron_dapo.workers.policy_group import MicroBatchLimits, PolicyGroup
+from megatron_dapo.workers.rollout import RolloutFleet, RolloutWorker
+
+
+@dataclass(frozen=True)
+class Datasets:
+    train: PromptDataset
+    val: PromptDataset | None
+    reports: tuple[str, ...]  # what was found in the files, a line a set
+
+
+def load_datasets(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Datasets:
+    train, report = load_prompts(config.data.train_files, tokenizer, config.data)
+    reports, val = [f"train: {report}"], None
+    if config.data.val_files:
+        val, report = load_prompts(config.data.val_files, tokenizer, config.data)
+        reports.append(f"val: {report}")
+    return Datasets(train, val, tuple(reports))
+
+
+def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(config.actor_rollout_ref.model.path)
+
+
+def build_host(config: RunConfig) -> WorkerHost:
+    """The workers of this rank; collective over all ranks."""
+    host = WorkerHost()
+    host.add(PolicyWorker(policy_settings(config)))
+    host.add(RolloutWorker(_engine(config)))
+    return host
+
+
+def build_rollout_host(config: RunConfig) -> WorkerHost:
+    """This rank with an engine alone, for evaluation; its weights are those of the checkpoint."""
+    host = WorkerHost()
+    host.add(RolloutWorker(_engine(config)))
+    return host
+
+
+def policy_settings(config: RunConfig) -> PolicySettings:
+    section = config.actor_rollout_ref
+    actor = section.actor
+    rules = _rules(config)
+    return PolicySettings(
+        model_path=section.model.path,
+        packed=section.model.use_remove_padding,
+        megatron=actor.megatron,
+        optim=actor.optim,
+        grad_clip=actor.grad_clip,
+        objective=Objective(
+            PolicyLossConfig(actor.clip_ratio_low, actor.clip_ratio_high, actor.clip_ratio_c),
+            temperature=section.rollout.temperature,
+            entropy_coeff=actor.entropy_coeff,
+            kl_coef=actor.kl_loss_coef if rules.kl_in_loss else 0.0,
+            kl_kind=actor.kl_loss_type,
+        ),
+        seed=config.data.seed,
+        with_reference=rules.needs_reference,
+    )
+
+
+@contextmanager
+def building_trainer(
+    config: RunConfig, group: WorkerGroup, datasets: Datasets, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> Iterator[Trainer]:
+    """The trainer, restored from its checkpoint where the configuration says so. Leaving ends what it started."""
+    directory = Path(config.trainer.default_local_dir)
+    store = CheckpointStore(directory)
+    found = store.find(config.trainer.resume_mode)
+    first_step = 0 if found is None else store.read_state(found)["progress"]["step"] + 1
+    total_steps = training_steps(config, len(datasets.train))
+    rules = _rules(config)
+    limits = _limits(config)
+    policy = PolicyGroup(group, limits["update"], limits["log_prob"])
+    interrupts = Interrupts()
+    engine = RolloutFleet(group, interrupts.check)
+    with ExitStack() as stack:
+        pool: RewardPool[Any] = stack.enter_context(_reward_pool(config))
+        expected = config.data.train_batch_size * config.actor_rollout_ref.rollout.n
+        scorer = GuardedPool(pool, config.reward_model.max_failure_rate, expected)
+        info = RunInfo(
+            directory=directory,
+            project=config.trainer.project_name,
+            experiment=config.trainer.experiment_name,
+            first_step=first_step,
+            total_steps=total_steps,
+            config=to_dict(config),
+            console=console,
+        )
+        decode = _decoder(tokenizer)
+        trainer = Trainer(
+            config=config.trainer,
+            optim=config.actor_rollout_ref.actor.optim,
+            rules=rules,
+            total_steps=total_steps,
+            policy=policy,
+            engine=engine,
+            sampler=_sampler(config, datasets.train, engine, scorer, decode, policy),
+            sync=EmbeddedSync(group),
+            evaluator=None if datasets.val is None else _evaluator(config, datasets.val, engine, pool, decode),
+            scorer=scorer,
+            loggers=stack.enter_context(Loggers(config.trainer.logger, info)),
+            sample_log=SampleLog(directory / "samples.jsonl", config.trainer.log_samples, decode, first_step),
+            store=store,
+            timers=Timers(),
+            interrupts=interrupts,
+        )
+        stack.callback(trainer.sample_log.close)
+        if found is not None:
+            trainer.restore(found)
+            console.print(f"resuming after step {trainer.progress.step} from {found}")
+        stack.enter_context(interrupts.watched())
+        yield trainer
+
+
+@contextmanager
+def building_evaluator(
+    config: RunConfig, group: WorkerGroup, prompts: PromptDataset, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Evaluator[RewardTask]]:
+    """An evaluator of the checkpoint's own weights."""
+    group.call_all(load_checkpoint_weights, config.actor_rollout_ref.model.path)
+    engine = RolloutFleet(group, lambda: None)
+    with _reward_pool(config) as pool:
+        yield _evaluator(config, prompts, engine, pool, _decoder(tokenizer))
+
+
+def training_steps(config: RunConfig, prompts: int) -> int:
+    """`total_training_steps`, else what the epochs give if no group is dropped.
+
+    Raises:
+        ConfigError: there are too few prompts for a single step.
+    """
+    if config.trainer.total_training_steps is not None:
+        return config.trainer.total_training_steps
+    steps = config.trainer.total_epochs * prompts // config.data.train_batch_size
+    if steps == 0:
+        raise ConfigError(
+            f"{prompts} prompts x {config.trainer.total_epochs} epochs are fewer than one step's "
+            f"data.train_batch_size = {config.data.train_batch_size}; lower it or add prompts"
+        )
+    return steps
+
+
+def _rules(config: RunConfig) -> StepRules:
+    return StepRules(config.actor_rollout_ref.actor, config.algorithm, config.reward_model)
+
+
+def _limits(config: RunConfig) -> dict[str, MicroBatchLimits]:
+    """Of updates and of log-prob passes. Context parallelism holds a micro-batch on several GPUs."""
+    section = config.actor_rollout_ref
+    actor, megatron = section.actor, section.actor.megatron
+    cp_size = megatron.context_parallel_size
+    multiple = megatron.pipeline_model_parallel_size if megatron.virtual_pipeline_model_parallel_size else 1
+    hidden = AutoConfig.from_pretrained(section.model.path).hidden_size
+    shared = {"multiple_of": multiple, "quadratic": 1 / (12 * hidden)}
+    if not actor.use_dynamic_bsz:
+        limits = MicroBatchLimits(None, actor.ppo_micro_batch_size_per_gpu, **shared)
+        return {"update": limits, "log_prob": limits}
+    tokens = actor.ppo_max_token_len_per_gpu
+    logp_tokens = section.rollout.log_prob_max_token_len_per_gpu or tokens
+    return {
+        "update": MicroBatchLimits(tokens * cp_size, None, **shared),
+        "log_prob": MicroBatchLimits(logp_tokens * cp_size, None, **shared),
+    }
+
+
+def _engine(config: RunConfig) -> TorchEngine:
+    section = config.actor_rollout_ref
+    return TorchEngine(
+        section.model.path,
+        end_token_ids(section.model.path),
+        max_num_seqs=section.rollout.max_num_seqs,
+        device=device(),
+        dtype=DTYPES[section.actor.megatron.params_dtype],
+    )
+
+
+def end_token_ids(model_path: str) -> tuple[int, ...]:
+    """The tokens that end a response: those of generation_config.json and the tokenizer's own.
+
+    Raises:
+        ConfigError: the checkpoint names none.
+    """
+    found: list[int] = []
+    if (Path(model_path) / "generation_config.json").exists():
+        ids = GenerationConfig.from_pretrained(model_path).eos_token_id
+        found += [ids] if isinstance(ids, int) else list(ids or [])
+    tokenizer_id = AutoTokenizer.from_pretrained(model_path).eos_token_id
+    found += [] if tokenizer_id is None else [tokenizer_id]
+    if not found:
+        raise ConfigError(
+            f"{model_path} names no end-of-sequence token, so no response would ever end; "
+            "set eos_token in tokenizer_config.json or eos_token_id in generation_config.json"
+        )
+    return tuple(dict.fromkeys(found))
+
+
+def _reward_pool(config: RunConfig) -> RewardPool[Any]:
+    section = config.reward_model
+    spec = VerifierSpec.from_config(section, config.custom_reward_function)
+    return RewardPool(spec, section.num_workers, section.timeout, section.max_retries)
+
+
+def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[IntArray], str]:
+    def decode(token_ids_R: IntArray) -> str:
+        return str(tokenizer.decode(token_ids_R, skip_special_tokens=True))
+
+    return decode
+
+
+def _reward_task(prompt: Prompt, response: str) -> RewardTask:
+    return RewardTask(response, prompt.ground_truth, prompt.data_source, prompt.extra_info)
+
+
+def _sampler(
+    config: RunConfig,
+    prompts: PromptDataset,
+    engine: RolloutFleet,
+    scorer: GuardedPool,
+    decode: Callable[[IntArray], str],
+    policy: PolicyGroup,
+) -> DynamicSampler[RewardTask]:
+    data, rollout, filter_groups = config.data, config.actor_rollout_ref.rollout, config.algorithm.filter_groups
+    buffer = config.reward_model.overlong_buffer
+
+    def penalty(length: int) -> float:
+        if not buffer.enable:
+            return 0.0
+        return float(overlong_penalty(length, data.max_response_length, buffer.len, buffer.penalty_factor))
+
+    on_final_reward = filter_groups.enable and filter_groups.metric == "seq_final_reward"
+    epochs = config.trainer.total_epochs if config.trainer.total_training_steps is None else None
+    return DynamicSampler(
+        PromptStream(prompts, data.seed, data.shuffle, epochs),
+        GroupRollout(
+            engine=engine,
+            scorer=scorer,
+            make_task=_reward_task,
+            decode=decode,
+            overlong_penalty=penalty,
+            params=SamplingParams(data.max_response_length, rollout.temperature, rollout.top_p, rollout.top_k),
+            n=rollout.n,
+            seed=data.seed,
+        ),
+        SamplerSettings(
+            filter=filter_groups,
+            train_batch_size=data.train_batch_size,
+            gen_batch_size=data.gen_batch_size or data.train_batch_size,
+            mini_batch_size=config.actor_rollout_ref.actor.ppo_mini_batch_size,
+        ),
+        finalize=partial(final_rewards, policy=policy, config=config.algorithm) if on_final_reward else None,
+    )
+
+
+def _evaluator(
+    config: RunConfig,
+    prompts: PromptDataset,
+    engine: RolloutFleet,
+    pool: RewardPool[Any],
+    decode: Callable[[IntArray], str],
+) -> Evaluator[RewardTask]:
+    return Evaluator(
+        prompts,
+        engine,
+        pool,
+        _reward_task,
+        decode,
+        config.actor_rollout_ref.rollout.val_kwargs,
+        config.data.max_response_length,
+        config.data.seed,
+    )

@@ -1,0 +1,133 @@
+"""The command line: `megatron-dapo train CONFIG.yaml key=value ...`, `eval`, and `--dry-run` for both.
+
+Exit codes: 0 done, 1 stopped by an error that says what to change, 2 a configuration that cannot be, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_dapo import __version__
+from megatron_dapo.config.arithmetic import format_arithmetic, run_arithmetic
+from megatron_dapo.config.check import check, check_files, planned_world_size
+from megatron_dapo.config.load import LoadedConfig, load_config
+from megatron_dapo.config.tree import ConfigError, RunConfig
+
+FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
+
+
+def run() -> None:
+    """The entry point of the `megatron-dapo` command."""
+    sys.exit(main())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the arguments say; returns the exit code."""
+    arguments, rest = _parser().parse_known_args(argv)
+    words = [*arguments.words, *rest]  # argparse leaves words behind that stand after an option
+    if wrong := [word for word in words if word.startswith("-")]:
+        return _complain(f"unknown option {wrong[0]}; settings are written key=value (see megatron-dapo --help)")
+    files = [word for word in words if "=" not in word]
+    if len(files) > 1:
+        return _complain(f"one configuration file is wanted, {len(files)} are named: {', '.join(files)}")
+    try:
+        loaded = load_config(files[0] if files else None, [word for word in words if "=" in word])
+        console = Console()
+        for notice in loaded.notices if _rank() == 0 else ():
+            console.print(str(notice), markup=False, highlight=False)
+        return arguments.command(loaded, console)
+    except ConfigError as error:
+        return _complain(str(error))
+    except KeyboardInterrupt:
+        if _rank() == 0:
+            print("stopped by Ctrl-C", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron-dapo", description="DAPO on Megatron-Core")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, command, meaning in (
+        ("train", _train, "train a policy with DAPO"),
+        ("eval", _evaluate, "evaluate the model at actor_rollout_ref.model.path on data.val_files"),
+    ):
+        sub = commands.add_parser(name, help=meaning, description=meaning)
+        sub.add_argument(
+            "words",
+            nargs="*",
+            metavar="[CONFIG.yaml] key=value",
+            help="a YAML file, and settings that replace the file's",
+        )
+        sub.set_defaults(command=command)
+        if name == "train":
+            sub.add_argument(
+                "--dry-run",
+                dest="command",
+                action="store_const",
+                const=_dry_run,
+                help="print the arithmetic of the run (prompts, sequences, mini-batches, updates, tokens) and stop",
+            )
+    return parser
+
+
+def _train(loaded: LoadedConfig, console: Console) -> int:
+    check(loaded.config, _world_size())
+    check_files(loaded.config)
+    from megatron_dapo import launch  # imports Megatron: seconds that a wrong key need not wait for
+
+    return _stopped(launch.train, loaded.config, console)
+
+
+def _evaluate(loaded: LoadedConfig, console: Console) -> int:
+    check_files(loaded.config)
+    from megatron_dapo import launch
+
+    return _stopped(launch.evaluate, loaded.config, console)
+
+
+def _dry_run(loaded: LoadedConfig, console: Console) -> int:
+    """The datasets are counted where they are there."""
+    config = loaded.config
+    world_size = planned_world_size(config) or _world_size()
+    check(config, world_size)
+    sizes: tuple[int | None, int | None] = None, None
+    if all(Path(path).exists() for path in (config.actor_rollout_ref.model.path, *config.data.train_files)):
+        from megatron_dapo.assembly import load_datasets, load_tokenizer
+
+        datasets = load_datasets(config, load_tokenizer(config))
+        sizes = len(datasets.train), None if datasets.val is None else len(datasets.val)
+    text = format_arithmetic(run_arithmetic(config, world_size, *sizes))
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _stopped(action: Callable[[RunConfig, Console], None], config: RunConfig, console: Console) -> int:
+    """Run `action`; an error that a user can act on ends it with its message alone."""
+    from megatron_dapo.launch import ENDINGS
+
+    try:
+        action(config, console)
+    except ENDINGS as error:
+        return _complain(f"{type(error).__name__}: {error}", FAILED)
+    return 0
+
+
+def _complain(message: str, code: int = USAGE_ERROR) -> int:
+    if _rank() == 0:
+        print(f"megatron-dapo: {message}", file=sys.stderr)
+    return code
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))

@@ -1,0 +1,215 @@
+"""SPMD under torchrun, without a scheduler: rank 0 drives and works, the other ranks do as it says.
+
+    with SpmdControl.connect() as control:
+        host = WorkerHost()
+        host.add(PolicyWorker(settings))  # on every rank
+        if control.is_driver:
+            train(control.group(host))
+        else:
+            control.serve(host)
+
+A process that torchrun did not start is a group of one: nothing is connected, sent or pickled.
+
+When a rank fails, in the call, in `serve` or before, the driver raises a `WorkerError` that names it; also where
+the driver itself was in a collective that the failure broke. However the driver leaves the block, the others leave too.
+Signals are the driver's: Ctrl-C and SIGTERM do nothing on the other ranks, and on the driver SIGTERM becomes
+`SystemExit(143)`, so that it can still save, or say which rank's death made torchrun send it.
+
+What is left out: the model's own process groups (`mcore.parallel`); recovery: a group with a failed rank is done for.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType, TracebackType
+from typing import Any
+
+from megatron_dapo.runtime.group import WorkerError
+from megatron_dapo.runtime.host import WorkerHost, phase_of, streams
+from megatron_dapo.runtime.hub import Hub
+from megatron_dapo.runtime.link import Kind, connect
+from megatron_dapo.runtime.serving import Server
+
+CONNECT_SECONDS = 600.0
+TERMINATED = 128 + signal.SIGTERM
+
+
+class SpmdControl:
+    """This process's place among the ranks. Made by `connect`, used as a context."""
+
+    def __init__(self, rank: int, size: int, hub: Hub | None, server: Server | None):
+        self.rank, self.size = rank, size
+        self._hub, self._server = hub, server
+
+    @classmethod
+    def connect(cls, timeout: float = 1800.0) -> SpmdControl:
+        """Join the other ranks, from the main thread. Reads the environment variables that torchrun sets.
+
+        Args:
+            timeout: seconds that the driver, its own part of a call done, waits without hearing from any rank.
+
+        Raises:
+            TimeoutError: a rank did not come.
+        """
+        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if size == 1:
+            return cls(rank, size, Hub([], timeout), None)
+        if rank == 0:
+            control = cls(rank, size, Hub(connect(rank, size, CONNECT_SECONDS), timeout), None)
+            signal.signal(signal.SIGTERM, _terminate)
+        else:
+            control = cls(rank, size, None, Server(rank, *connect(rank, size, CONNECT_SECONDS)))
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, _leave_to_the_driver)
+        return control
+
+    @property
+    def is_driver(self) -> bool:
+        return self._hub is not None
+
+    def group(self, host: WorkerHost) -> SpmdGroup:
+        """The workers of all ranks; `host` holds those of the driver's own process. On the driver only."""
+        if self._hub is None:
+            raise RuntimeError(f"rank {self.rank} cannot drive; it should serve")
+        return SpmdGroup(host, self._hub)
+
+    def serve(self, host: WorkerHost) -> None:
+        """Do what the driver asks of this rank's workers until it leaves. Not on the driver."""
+        if self._server is None:
+            raise RuntimeError("rank 0 cannot serve; it should drive")
+        self._server.serve(host)
+
+    def __enter__(self) -> SpmdControl:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._server is not None:
+            if error is not None:
+                self._server.give_up("".join(traceback.format_exception(error)))
+            self._server.leave()
+        elif self._hub is not None and self._hub.links:
+            self._leave(self._hub, error)
+
+    def _leave(self, hub: Hub, error: BaseException | None) -> None:
+        signal.signal(signal.SIGTERM, _leave_to_the_driver)  # it is on its way out already
+        try:
+            if error is None:
+                hub.check()
+            elif _may_be_an_echo(error) and (failure := hub.failure()):
+                raise failure from error
+        finally:
+            hub.stop()
+        if error is None:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class SpmdGroup:
+    """A `WorkerGroup` over the ranks of an `SpmdControl`. All groups of one control take turns: one call at a time."""
+
+    def __init__(self, host: WorkerHost, hub: Hub):
+        self.size = len(hub.links) + 1
+        self._host, self._hub = host, hub
+
+    def start(self, method: Callable[..., Any], shards: Sequence[Any]) -> SpmdHandle:
+        """Other ranks begin at once, this one when the handle is iterated or its result asked for.
+
+        Raises:
+            ValueError: len(shards) is not `size`.
+            TypeError, LookupError: the method belongs to no worker here (`WorkerHost.stream`).
+            RuntimeError: the call before this one was not finished.
+            WorkerError: a rank has failed.
+        """
+        if len(shards) != self.size:
+            raise ValueError(f"{phase_of(method)}: {len(shards)} shards for {self.size} ranks; give one to each")
+        self._host.receiver(method)
+        if self._hub.busy is not None:
+            raise RuntimeError(
+                f"cannot start {phase_of(method)}: {self._hub.busy} is not finished; take its result() first"
+            )
+        self._hub.send(method, shards)
+        self._hub.busy = phase_of(method)
+        return SpmdHandle(self._host, self._hub, method, shards[0])
+
+    def call(self, method: Callable[..., Any], shards: Sequence[Any]) -> list[Any]:
+        """start(...).result()"""
+        return self.start(method, shards).result()
+
+    def call_all(self, method: Callable[..., Any], argument: Any = None) -> list[Any]:
+        """The same argument on every rank; it is pickled once."""
+        return self.call(method, [argument] * self.size)
+
+
+class SpmdHandle:
+    """A call under way. Iterate it or ask for its result, not both: an item that was handed out is not kept."""
+
+    def __init__(self, host: WorkerHost, hub: Hub, method: Callable[..., Any], shard: Any):
+        self._host, self._hub, self._method, self._shard = host, hub, method, shard
+        self._items = self._arrivals()
+        self._taken = False
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        """(rank, item) as they arrive; after each item of this rank's own, those that came meanwhile.
+
+        Raises:
+            WorkerError: see `WorkerGroup.start`.
+        """
+        self._taken = True
+        return self._items
+
+    def result(self) -> list[Any]:
+        """[rank] -> the returned value, or the list of yielded ones.
+
+        Raises:
+            RuntimeError: the items were taken already.
+            WorkerError: see `WorkerGroup.start`.
+        """
+        if self._taken:
+            raise RuntimeError(f"the items of {phase_of(self._method)} were taken already; start it again")
+        items: list[list[Any]] = [[] for _ in range(len(self._hub.links) + 1)]
+        for rank, item in self:
+            items[rank].append(item)
+        return items if streams(self._method) else [item for (item,) in items]
+
+    def _arrivals(self) -> Iterator[tuple[int, Any]]:
+        waiting = set(self._hub.links)
+        for item in self._own():
+            yield 0, item
+            while waiting and self._hub.has_news:
+                yield from self._next(waiting)
+        while waiting:
+            yield from self._next(waiting)
+        self._hub.busy = None
+
+    def _next(self, waiting: set[int]) -> Iterator[tuple[int, Any]]:
+        rank, message = self._hub.receive(waiting)
+        if message.kind is Kind.DONE:
+            waiting.discard(rank)
+        else:
+            yield rank, message.load()
+
+    def _own(self) -> Iterator[Any]:
+        try:
+            yield from self._host.stream(self._method, self._shard)
+        except Exception as error:
+            if _may_be_an_echo(error) and (failure := self._hub.failure()):
+                raise failure from error
+            trace = traceback.format_exc() + self._hub.still_at_work()
+            raise WorkerError(0, self._host.phase, trace) from error
+
+
+def _may_be_an_echo(error: BaseException) -> bool:
+    """Whether another rank's failure may have caused it: a broken collective, or torchrun ending all ranks."""
+    if isinstance(error, SystemExit):
+        return error.code == TERMINATED
+    return isinstance(error, RuntimeError) and not isinstance(error, WorkerError)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(TERMINATED)
+
+
+def _leave_to_the_driver(number: int, frame: FrameType | None) -> None:
+    """A signal that is not this rank's to act on. A handler, since an ignored signal is ignored by child processes."""

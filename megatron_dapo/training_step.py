@@ -1,0 +1,140 @@
+"""What a step computes from its accepted groups before the policy is updated: log-probs, rewards, advantages, weights.
+
+Axes: `S` sequences of the step in accepted order, `N` their response tokens back to back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from megatron_dapo.algo.advantage import group_advantages
+from megatron_dapo.algo.kl import kl_penalty
+from megatron_dapo.config.tree import ActorConfig, AlgorithmConfig, RewardModelConfig
+from megatron_dapo.data.minibatch import LossWeighting, MiniBatch, Update, build_update, mini_batches
+from megatron_dapo.obs.metrics import Mismatch, mismatch
+from megatron_dapo.obs.timers import Timers
+from megatron_dapo.types import FloatArray, Group, SequenceBatch, take_ragged
+from megatron_dapo.workers.policy_group import PolicyGroup
+
+
+@dataclass(frozen=True)
+class StepRules:
+    """The sections of the configuration that say how groups become updates."""
+
+    actor: ActorConfig
+    algorithm: AlgorithmConfig
+    reward: RewardModelConfig
+
+    @property
+    def kl_in_reward(self) -> bool:
+        return self.algorithm.use_kl_in_reward and self.algorithm.kl_ctrl.kl_coef != 0
+
+    @property
+    def kl_in_loss(self) -> bool:
+        return self.actor.use_kl_loss and self.actor.kl_loss_coef != 0
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl_in_reward or self.kl_in_loss
+
+    @property
+    def weighting(self) -> LossWeighting:
+        return LossWeighting(self.actor.loss_agg_mode, self.actor.loss_scale, self.reward.overlong_filtering)
+
+
+@dataclass(frozen=True)
+class PreparedStep:
+    groups: tuple[Group, ...]  # with their final rewards
+    updates: tuple[Update, ...]  # optimizer updates, epoch by epoch
+    mismatch: Mismatch | None  # trainer against engine; None where every response was carried from an earlier step
+
+
+def prepare_step(
+    groups: Sequence[Group], weight_version: int, policy: PolicyGroup, rules: StepRules, timers: Timers
+) -> PreparedStep:
+    """Everything up to the updates. Rewards get their KL here unless the sampler has put it in already."""
+    sequences = SequenceBatch.from_groups(groups)
+    with timers.phase("old_log_prob"):
+        old_logp_N = policy.log_probs(sequences)
+    ref_logp_N = None
+    if rules.needs_reference:
+        with timers.phase("ref_log_prob"):
+            ref_logp_N = policy.reference_log_probs(sequences)
+    if rules.kl_in_reward and not _filters_on_final_reward(rules.algorithm):
+        assert ref_logp_N is not None
+        groups = with_kl_in_reward(groups, old_logp_N, ref_logp_N, rules.algorithm)
+    samples = [(group.draw_index, sample) for group in groups for sample in group.samples]
+    advantages_S = group_advantages([s.reward for _, s in samples], [draw for draw, _ in samples])
+    updates = _updates(
+        groups, advantages_S, old_logp_N, ref_logp_N if rules.kl_in_loss else None, sequences, policy, rules
+    )
+    return PreparedStep(tuple(groups), updates, _against_engine(groups, sequences, old_logp_N, weight_version))
+
+
+def with_kl_in_reward(
+    groups: Sequence[Group], logp_N: FloatArray, ref_logp_N: FloatArray, config: AlgorithmConfig
+) -> list[Group]:
+    """Each sample's reward less kl_coef x the sum of its tokens' KL to the reference."""
+    kl_N, _ = kl_penalty(torch.from_numpy(logp_N).double(), torch.from_numpy(ref_logp_N).double(), config.kl_penalty)
+    cost_N = config.kl_ctrl.kl_coef * kl_N.numpy()
+    result, start = [], 0
+    for group in groups:
+        samples = []
+        for sample in group.samples:
+            stop = start + sample.length
+            samples.append(replace(sample, reward=sample.reward - float(cost_N[start:stop].sum())))
+            start = stop
+        result.append(replace(group, samples=tuple(samples)))
+    return result
+
+
+def final_rewards(groups: Sequence[Group], policy: PolicyGroup, config: AlgorithmConfig) -> list[Group]:
+    """The sampler's log-prob phase for the metric `seq_final_reward`: rewards with their KL, before filtering."""
+    sequences = SequenceBatch.from_groups(groups)
+    return with_kl_in_reward(groups, policy.log_probs(sequences), policy.reference_log_probs(sequences), config)
+
+
+def _against_engine(
+    groups: Sequence[Group], sequences: SequenceBatch, logp_N: FloatArray, weight_version: int
+) -> Mismatch | None:
+    """Over the responses that the present weights wrote: of carried ones the two differ by what was learned since."""
+    samples = [sample for group in groups for sample in group.samples]
+    fresh = [i for i, sample in enumerate(samples) if sample.completion.weight_version == weight_version]
+    if not fresh:
+        return None
+    engine_logp_N = np.concatenate([samples[i].completion.logprobs for i in fresh])
+    offsets = np.concatenate([[0], np.cumsum(sequences.response_lengths[fresh])])
+    return mismatch(take_ragged(logp_N, sequences.cu_responses, fresh), engine_logp_N, offsets)
+
+
+def _filters_on_final_reward(algorithm: AlgorithmConfig) -> bool:
+    return algorithm.filter_groups.enable and algorithm.filter_groups.metric == "seq_final_reward"
+
+
+def _updates(
+    groups: Sequence[Group],
+    advantages_S: np.ndarray,
+    old_logp_N: FloatArray,
+    ref_logp_N: FloatArray | None,
+    sequences: SequenceBatch,
+    policy: PolicyGroup,
+    rules: StepRules,
+) -> tuple[Update, ...]:
+    """Mini-batches of whole groups in accepted order; each epoch goes over the same ones again."""
+    updates, first = [], 0
+    for mini_batch in mini_batches(groups, rules.actor.ppo_mini_batch_size):
+        last = first + sum(len(group.samples) for group in mini_batch)
+        tokens = slice(int(sequences.cu_responses[first]), int(sequences.cu_responses[last]))
+        batch = MiniBatch.from_groups(
+            mini_batch,
+            advantages_S[first:last],
+            old_logp_N[tokens],
+            None if ref_logp_N is None else ref_logp_N[tokens],
+        )
+        updates.append(build_update(batch, policy.plan(batch.sequences.lengths), rules.weighting))
+        first = last
+    return tuple(updates) * rules.actor.ppo_epochs

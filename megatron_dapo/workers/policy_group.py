@@ -1,0 +1,117 @@
+"""The policy's ranks as the driver sees them: sequences in, log-probs and updates out, whatever the layout.
+
+Which rank computes what is decided here and in `data/packing.py`; the trainer does not know how many ranks there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_dapo.data.packing import Plan, plan_micro_batches
+from megatron_dapo.mcore.parallel import RankLayout
+from megatron_dapo.mcore.schedule import TokenStats
+from megatron_dapo.runtime.group import WorkerGroup
+from megatron_dapo.types import FloatArray, IntArray, MicroBatch, SequenceBatch
+from megatron_dapo.workers.policy import PolicyWorker, UpdateShard, UpdateStats
+
+
+@dataclass(frozen=True)
+class MicroBatchLimits:
+    """How much a micro-batch holds: tokens over all context-parallel ranks, or sequences; one of the two is None."""
+
+    tokens: int | None
+    sequences: int | None
+    multiple_of: int = 1  # the number of micro-batches, for interleaved pipelines
+    quadratic: float = 0.0  # see `plan_micro_batches`
+
+
+class PolicyGroup:
+    """All ranks of the policy behind one object on the driver."""
+
+    def __init__(self, group: WorkerGroup, update_limits: MicroBatchLimits, logp_limits: MicroBatchLimits):
+        self._group = group
+        self._update_limits, self._logp_limits = update_limits, logp_limits
+        self._layouts: list[RankLayout] = group.call_all(PolicyWorker.rank_layout)
+        self.dp_size = self._layouts[0].dp_size
+
+    def log_probs(self, sequences: SequenceBatch) -> FloatArray:
+        """[N] log-prob of each response token under the present weights."""
+        return self._log_probs(PolicyWorker.log_probs, sequences)
+
+    def reference_log_probs(self, sequences: SequenceBatch) -> FloatArray:
+        """[N] the same under the frozen reference."""
+        return self._log_probs(PolicyWorker.reference_log_probs, sequences)
+
+    def plan(self, lengths: IntArray) -> Plan:
+        """Which sequence of a mini-batch goes to which data-parallel rank and micro-batch."""
+        return _plan(lengths, self.dp_size, self._update_limits)
+
+    def update(self, mini_batches: Sequence[Sequence[Sequence[MicroBatch]]], lr: float) -> Iterator[UpdateStats]:
+        """One optimizer update for each mini-batch [mini-batch][data-parallel rank][micro-batch], as they are done."""
+        shards = [
+            UpdateShard(tuple(tuple(mini_batch[layout.dp_rank]) for mini_batch in mini_batches), lr)
+            for layout in self._layouts
+        ]
+        waiting: dict[int, list[UpdateStats]] = {}
+        for rank, stats in self._group.start(PolicyWorker.update, shards):
+            waiting.setdefault(rank, []).append(stats)
+            if len(waiting) == self.dp_size and all(waiting.values()):
+                yield _merged([queue.pop(0) for queue in waiting.values()])
+
+    def save(self, path: str) -> None:
+        """Write model and optimizer into the folder `path`."""
+        self._group.call_all(PolicyWorker.save, path)
+
+    def load(self, path: str) -> None:
+        """Read what `save` wrote, on any layout."""
+        self._group.call_all(PolicyWorker.load, path)
+
+    def save_hf(self, path: str) -> None:
+        """Write the present weights as a Hugging Face checkpoint with config and tokenizer."""
+        self._group.call_all(PolicyWorker.save_hf, path)
+
+    def _log_probs(self, method: Callable[..., Any], sequences: SequenceBatch) -> FloatArray:
+        plan = _plan(sequences.lengths, self.dp_size, self._logp_limits)
+        shortest = int(sequences.lengths.argmin())  # keeps an idle rank in step; its result is not looked at
+        shards = [
+            tuple(sequences.select(indices or [shortest]) for indices in plan[layout.dp_rank])
+            for layout in self._layouts
+        ]
+        found: list[list[TokenStats]] = self._group.call(method, shards)
+        logp = np.zeros(int(sequences.cu_responses[-1]), np.float32)
+        offsets = sequences.cu_responses
+        for layout, stats in zip(self._layouts, found, strict=True):
+            if layout.reports:
+                for indices, micro_batch in zip(plan[layout.dp_rank], stats, strict=True):
+                    _scatter(logp, offsets, indices, micro_batch.logp)
+        return logp
+
+
+def _plan(lengths: IntArray, dp_size: int, limits: MicroBatchLimits) -> Plan:
+    return plan_micro_batches(
+        lengths,
+        dp_size,
+        max_tokens=limits.tokens,
+        max_sequences=limits.sequences,
+        multiple_of=limits.multiple_of,
+        quadratic=limits.quadratic,
+    )
+
+
+def _scatter(into: FloatArray, offsets: IntArray, indices: Sequence[int], values: FloatArray) -> None:
+    start = 0
+    for index in indices:
+        stop = start + int(offsets[index + 1] - offsets[index])
+        into[offsets[index] : offsets[index + 1]] = values[start:stop]
+        start = stop
+
+
+def _merged(replicas: Sequence[UpdateStats]) -> UpdateStats:
+    """Sums are added over data-parallel replicas; the rest is the same on all."""
+    first = replicas[0]
+    sums = {name: sum(stats.sums[name] for stats in replicas) for name in first.sums}
+    return UpdateStats(first.applied, first.grad_norm, first.lr, sums)

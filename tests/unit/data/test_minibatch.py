@@ -1,0 +1,162 @@
+"""Mini-batches, and the micro-batches of an update."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from megatron_dapo.algo.aggregation import SequenceLayout, sequence_weights
+from megatron_dapo.data.minibatch import LossWeighting, MiniBatch, build_update, mini_batches
+from megatron_dapo.data.packing import plan_micro_batches
+from megatron_dapo.types import Completion, Group, MicroBatch, Prompt, Sample
+from tests.unit.data.fakes import graded
+
+GLOBAL = LossWeighting("token-mean", "global", overlong_filtering=False)
+MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
+
+
+def group(draw_index: int, *lengths: int, truncated: tuple[int, ...] = ()) -> Group:
+    """Responses of the given lengths; every token of the batch is another number."""
+    prompt = Prompt(draw_index, 1000 * draw_index + np.arange(3), "", "", "")
+    samples = [
+        Completion(
+            draw_index,
+            index,
+            1000 * draw_index + 100 * (index + 1) + np.arange(length),
+            np.zeros(length, np.float32),
+            "length" if index in truncated else "stop",
+            0,
+        )
+        for index, length in enumerate(lengths)
+    ]
+    return Group(draw_index, prompt, tuple(Sample(c, graded(1.0), 0.0, 1.0) for c in samples), 0)
+
+
+GROUPS = [group(1, 4, 2, 7), group(2, 3, 9), group(3, 5, 1, 6, truncated=(0, 2))]
+S, N = 8, 37
+RNG = np.random.default_rng(0)
+ADVANTAGES, OLD, REF = RNG.normal(size=S), RNG.normal(size=N).astype("f4"), RNG.normal(size=N).astype("f4")
+
+
+def batch(old_logp: np.ndarray = OLD, ref_logp: np.ndarray | None = REF) -> MiniBatch:
+    return MiniBatch.from_groups(GROUPS, ADVANTAGES, old_logp, ref_logp)
+
+
+def plan(dp_size: int, max_tokens: int = 15, multiple_of: int = 1):
+    return plan_micro_batches(batch().sequences.lengths, dp_size, max_tokens=max_tokens, multiple_of=multiple_of)
+
+
+def by_token(ranks: tuple[tuple[MicroBatch, ...], ...], name: str) -> dict[int, float]:
+    """What `terms.<name>` says of each response token that weighs something."""
+    found = {}
+    for micro_batch in (m for rank in ranks for m in rank):
+        sequences = micro_batch.sequences
+        ids = [
+            token
+            for s in range(len(sequences))
+            for token in sequences.token_ids[
+                sequences.cu_seqlens[s] + sequences.prompt_lengths[s] : sequences.cu_seqlens[s + 1]
+            ]
+        ]
+        for token, weight, value in zip(ids, micro_batch.terms.weight, getattr(micro_batch.terms, name), strict=True):
+            if weight:
+                assert token not in found
+                found[int(token)] = float(value)
+    return found
+
+
+def test_mini_batches_are_whole_groups_in_order_and_the_last_may_be_smaller() -> None:
+    groups = [group(index, 1) for index in range(7)]
+    assert [[g.draw_index for g in part] for part in mini_batches(groups, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("multiple_of", [1, 2])
+def test_every_token_keeps_its_own_terms_wherever_it_goes(dp_size: int, multiple_of: int) -> None:
+    update = build_update(batch(), plan(dp_size, multiple_of=multiple_of), GLOBAL)
+    tokens = [int(t) for g in GROUPS for s in g.samples for t in s.completion.token_ids]
+    lengths = [s.length for g in GROUPS for s in g.samples]
+    assert by_token(update.ranks, "old_logp") == dict(zip(tokens, OLD.tolist(), strict=True))
+    assert by_token(update.ranks, "ref_logp") == dict(zip(tokens, REF.tolist(), strict=True))
+    wanted = np.repeat(ADVANTAGES.astype("f4"), lengths).tolist()
+    assert by_token(update.ranks, "advantage") == dict(zip(tokens, wanted, strict=True))
+    assert by_token(update.ranks, "weight") == dict.fromkeys(tokens, float(np.float32(1 / N)))
+    assert update.tokens == N
+
+
+@pytest.mark.parametrize("scale", ["global", "group"])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_weights_do_not_depend_on_the_layout(mode: str, scale: str) -> None:
+    weighting = LossWeighting(mode, scale, overlong_filtering=True)
+    one = by_token(build_update(batch(), plan(1, 100), weighting).ranks, "weight")
+    many = by_token(build_update(batch(), plan(3, 12, 2), weighting).ranks, "weight")
+    assert one == many
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_reference_scale_is_given_the_layout_of_the_plan(mode: str) -> None:
+    made = plan(2, 12)
+    layout = SequenceLayout(
+        np.array([next(r for r in range(2) for held in made[r] if s in held) for s in range(S)]),
+        np.array([next(m for r in range(2) for m, held in enumerate(made[r]) if s in held) for s in range(S)]),
+        2,
+    )
+    lengths = batch().sequences.response_lengths
+    wanted = sequence_weights(mode, "reference", lengths, batch().group_ids, layout=layout).astype("f4")
+    found = by_token(build_update(batch(), made, LossWeighting(mode, "reference", False)).ranks, "weight")
+    assert [found[int(s.completion.token_ids[0])] for g in GROUPS for s in g.samples] == wanted.tolist()
+
+
+def test_a_token_without_a_finite_log_prob_weighs_nothing_and_is_in_no_denominator() -> None:
+    old, ref = OLD.copy(), REF.copy()
+    old[[0, 5]] = [np.nan, -np.inf]
+    ref[[5, 36]] = [np.inf, np.nan]
+    update = build_update(batch(old, ref), plan(2), GLOBAL)
+    weights = by_token(update.ranks, "weight")
+    assert (len(weights), update.tokens, update.nonfinite_tokens) == (N - 3, N - 3, 3)
+    assert set(weights.values()) == {float(np.float32(1 / (N - 3)))}
+    for micro_batch in (m for rank in update.ranks for m in rank):
+        assert np.isfinite(micro_batch.terms.old_logp).all()
+        assert micro_batch.terms.ref_logp is not None
+        assert np.isfinite(micro_batch.terms.ref_logp).all()
+
+
+def test_overlong_filtering_gives_truncated_responses_no_weight() -> None:
+    update = build_update(batch(), plan(2), LossWeighting("seq-mean-token-sum", "global", overlong_filtering=True))
+    weights = by_token(update.ranks, "weight")
+    assert (update.truncated_sequences, update.tokens) == (2, N - 11)
+    assert not any(3100 <= token < 3200 or 3300 <= token < 3400 for token in weights)
+    assert set(weights.values()) == {float(np.float32(1 / 6))}
+
+
+def test_truncated_responses_count_unless_they_are_filtered() -> None:
+    update = build_update(batch(), plan(2), GLOBAL)
+    assert (update.truncated_sequences, update.tokens) == (0, N)
+
+
+def test_an_empty_micro_batch_becomes_two_tokens_of_the_shortest_sequence_without_weight() -> None:
+    update = build_update(batch(), (plan(1, 100)[0], ((),)), GLOBAL)
+    [[_], [filler]] = update.ranks
+    assert filler.sequences.token_ids.tolist() == [3002, 3200]
+    assert (filler.sequences.lengths.tolist(), filler.sequences.prompt_lengths.tolist()) == ([2], [1])
+    assert filler.terms.weight.tolist() == filler.terms.advantage.tolist() == filler.terms.old_logp.tolist() == [0]
+    assert filler.terms.ref_logp.tolist() == [0]
+
+
+def test_without_a_reference_there_is_no_reference_log_prob() -> None:
+    update = build_update(batch(ref_logp=None), (plan(1, 100)[0], ((),)), GLOBAL)
+    assert all(m.terms.ref_logp is None for rank in update.ranks for m in rank)
+
+
+def test_a_plan_of_another_mini_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match="the plan places 7 sequences, 7 of them distinct, and the mini-batch has 8"):
+        build_update(batch(), (((0, 1, 2), (3, 4, 5, 6)),), GLOBAL)
+    with pytest.raises(ValueError, match="the plan places 8 sequences, 7 of them distinct"):
+        build_update(batch(), (((0, 1, 2), (3, 4, 5, 6, 6)),), GLOBAL)
+
+
+@pytest.mark.parametrize("name, wanted", [("advantages", S), ("old_logp", N), ("ref_logp", N)])
+def test_an_array_of_another_length_is_refused(name: str, wanted: int) -> None:
+    arrays = {"advantages": ADVANTAGES, "old_logp": OLD, "ref_logp": REF}
+    with pytest.raises(ValueError, match=rf"{name} has shape \({wanted - 1},\) .* it must be \({wanted},\)"):
+        MiniBatch.from_groups(GROUPS, **{**arrays, name: arrays[name][1:]})
