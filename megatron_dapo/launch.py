@@ -19,7 +19,9 @@ from megatron_dapo.assembly import (
 from megatron_dapo.config.tree import ConfigError, RunConfig
 from megatron_dapo.data.dynamic_sampling import SamplingExhausted
 from megatron_dapo.data.files import PromptDataError
+from megatron_dapo.data.judging import UnknownMetricError
 from megatron_dapo.data.prompts import load_prompts
+from megatron_dapo.mcore.parallel import shutdown
 from megatron_dapo.mcore.weights import CheckpointError
 from megatron_dapo.obs.summary import write_summary
 from megatron_dapo.rewards.failure_rate import RewardFailureRateError
@@ -36,6 +38,7 @@ ENDINGS = (
     RewardWorkerError,
     SamplingExhausted,
     TrainingDivergedError,
+    UnknownMetricError,
     WorkerError,
 )
 
@@ -46,26 +49,30 @@ def train(config: RunConfig, console: Console) -> None:
     with SpmdControl.connect() as control:
         if not control.is_driver:
             control.serve(build_host(config))
-            return
-        tokenizer = load_tokenizer(config)
-        datasets = load_datasets(config, tokenizer)
-        for line in datasets.reports:
-            console.print(line, markup=False, highlight=False)
-        group = control.group(build_host(config))
-        directory = Path(config.trainer.default_local_dir)
-        with building_trainer(config, group, datasets, tokenizer, console) as trainer:
-            progress = trainer.fit()
-            trainer.policy.save_hf(str(directory / "hf"))
-        write_summary(
-            directory / "summary.json",
-            {
-                "steps": progress.step,
-                "updates": progress.updates,
-                "seconds": time.monotonic() - started,
-                "seed": config.data.seed,
-            },
-        )
-        console.print(f"{progress.step} steps done; weights in {directory / 'hf'}", markup=False, highlight=False)
+        else:
+            _drive(config, control, console, started)
+    shutdown()
+
+
+def _drive(config: RunConfig, control: SpmdControl, console: Console, started: float) -> None:
+    tokenizer = load_tokenizer(config)
+    datasets = load_datasets(config, tokenizer)
+    for line in datasets.reports:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    directory = Path(config.trainer.default_local_dir)
+    with building_trainer(config, control.group(build_host(config)), datasets, tokenizer, console) as trainer:
+        progress = trainer.fit()
+        trainer.policy.save_hf(str(directory / "hf"))
+    write_summary(
+        directory / "summary.json",
+        {
+            "steps": progress.step,
+            "updates": progress.updates,
+            "seconds": time.monotonic() - started,
+            "seed": config.data.seed,
+        },
+    )
+    console.print(f"{progress.step} steps done; weights in {directory / 'hf'}", markup=False, highlight=False)
 
 
 def evaluate(config: RunConfig, console: Console) -> None:
@@ -79,7 +86,7 @@ def evaluate(config: RunConfig, console: Console) -> None:
             return
         tokenizer = load_tokenizer(config)
         prompts, report = load_prompts(config.data.val_files, tokenizer, config.data)
-        console.print(f"val: {report}", markup=False, highlight=False)
+        console.print(f"val: {report}", markup=False, highlight=False, soft_wrap=True)
         with building_evaluator(config, control.group(host), prompts, tokenizer) as evaluator:
             metrics = evaluator.run(step=0).metrics()
         for name, value in metrics.items():

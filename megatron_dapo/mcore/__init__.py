@@ -12,5 +12,6 @@ warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")
 # What Megatron-Core 0.16 does to torch and to its own settings, none of which a user can change.
 warnings.filterwarnings("ignore", message="full scope is deprecated", category=UserWarning)
 warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf", category=UserWarning)
-warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
-logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message="When using async grad allreduce", category=UserWarning)
+for _module in ("torch.distributed", "megatron.core"):
+    warnings.filterwarnings("ignore", category=FutureWarning, module=_module)

@@ -71,25 +71,20 @@ class SDPAttention(MegatronModule):
                 gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group).view(n, -1, *x.shape[1:])
                 for x in (key, value)
             )
-        out, start = [], 0
-        for length in _local_lengths(query.size(0), packed_seq_params, n):
-            stop = start + length
-            out.append(self._attend(query[start:stop], key, value, start, stop))
-            start = stop
+        lengths = _local_lengths(query.size(0), packed_seq_params, n)
+        # `split`, not slices: its backward is one concatenation, theirs a zero-filled whole for each sequence.
+        parts = zip(query.split(lengths), key.split(lengths, -4), value.split(lengths, -4), strict=True)
+        out = [self._attend(*part) for part in parts]
         joined = torch.cat(out) if len(out) > 1 else out[0]
         joined = joined.reshape(joined.size(0), joined.size(1), -1)
         return joined.squeeze(1) if packed else joined
 
-    def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: int, stop: int
-    ) -> torch.Tensor:
-        """One sequence (or b equally long ones): query [t,b,h,d] -> [t,b,h,d]."""
-        n = self.cp_group.size()
-        if n == 1:
-            key, value, mask = key[start:stop], value[start:stop], None
-        else:
-            key, value = (_in_order(x[:, start:stop]) for x in (key, value))
-            mask = _causal_mask(stop - start, n, self.cp_group.rank(), query.device)
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """One sequence (or b equally long ones): query [t,b,h,d], key and value [t,b,h_kv,d] or [n,t,b,h_kv,d]."""
+        n, mask = self.cp_group.size(), None
+        if n > 1:
+            key, value = _in_order(key), _in_order(value)
+            mask = _causal_mask(len(query), n, self.cp_group.rank(), query.device)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True

@@ -55,6 +55,12 @@ def initialize(config: MegatronConfig, seed: int, timeout: timedelta = timedelta
     return current_layout()
 
 
+def shutdown() -> None:
+    """Undo `initialize`, so that this process can start another run. Collective."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
 def check_divides(config: MegatronConfig, world_size: int) -> None:
     tp, pp, cp = (
         config.tensor_model_parallel_size,

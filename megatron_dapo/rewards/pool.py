@@ -117,7 +117,7 @@ class RewardPool(Generic[Key]):
 
     def _dispatch(self) -> None:
         """Give each idle process a share of the queue that shrinks with it, so that all end at about the same time."""
-        for worker in [worker for worker in self._workers if worker.idle]:
+        for worker in filter(lambda worker: worker.idle, self._workers):
             share = min(BATCH_LIMIT, -(-len(self._queue) // (2 * len(self._workers))))
             jobs = [self._queue.popleft() for _ in range(share)]
             if not jobs:
@@ -127,10 +127,7 @@ class RewardPool(Generic[Key]):
             if alone is not None:
                 self._queue.extendleft(job for job in reversed(jobs) if job is not alone)
                 jobs = [alone]
-            try:
-                worker.assign(jobs)
-            except ConnectionError:
-                self._died(worker)
+            worker.assign(jobs)
 
     def _step(self, wait: float) -> None:
         """Read what the processes answered, waiting up to `wait` seconds; then kill those past their deadline."""

@@ -79,15 +79,12 @@ class WorkerProcess:
         return self.ready and not self.jobs
 
     def assign(self, jobs: list[Job]) -> None:
-        """Hand over a batch. Only to an idle process: it is reading, so that sending cannot block for long.
-
-        Raises:
-            ConnectionError: the process is gone; the jobs count as handed out all the same.
-        """
+        """Hand over a batch. Only to an idle process: it is reading, so that sending cannot block for long."""
         self.jobs.extend(jobs)
         self._progress[0], self._answered = 0, 0
         self.deadline = time.monotonic() + self._timeout
-        self.connection.send([job.blob for job in jobs])
+        with suppress(ConnectionError):  # it is gone, with these jobs: reading from it will say so
+            self.connection.send([job.blob for job in jobs])
 
     def started(self) -> None:
         self.ready, self.deadline = True, math.inf

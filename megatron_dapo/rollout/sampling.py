@@ -59,9 +59,9 @@ class RowSampler:
     greedy_B: Tensor  # bool
     temperature_B1: Tensor  # 1 where greedy
     top_k_B1: Tensor  # vocabulary size where off or greedy
-    top_p_B1: Tensor  # infinity where off or greedy
+    top_p_B1: Tensor  # 1 where off or greedy
 
-    # What no row needs is not computed; a row's result does not depend on these.
+    # What no row needs is not computed; the results are the same.
     any_greedy: bool
     all_greedy: bool
     any_scaled: bool
@@ -72,7 +72,7 @@ class RowSampler:
         greedy = [p.temperature == 0 for p in params]
         temperature = [p.temperature or 1.0 for p in params]
         top_k = [p.top_k if p.top_k > 0 and p.temperature else vocab_size for p in params]
-        top_p = [p.top_p if p.top_p < 1 and p.temperature else math.inf for p in params]
+        top_p = [p.top_p if p.temperature else 1.0 for p in params]
         return RowSampler(
             greedy_B=torch.tensor(greedy, device=device),
             temperature_B1=torch.tensor(temperature, dtype=torch.float32, device=device)[:, None],

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 
 class Handle(Protocol):
-    """A call under way on every rank of a group."""
+    """A call under way on every rank of a group. Iterate it or ask for its result, not both."""
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         """(rank, item) as they arrive: each value that a generator yields, or the one that another method returns."""
@@ -19,15 +19,19 @@ class Handle(Protocol):
 
 
 class WorkerGroup(Protocol):
-    """Workers of one class, one a rank."""
+    """The workers of every rank. One call at a time: a handle is finished before the next call starts."""
 
     size: int
 
     def start(self, method: Callable[..., Any], shards: Sequence[Any]) -> Handle:
         """Run `method(worker, shards[rank])` on every rank; `method` is the unbound function, `Worker.method`.
 
+        A module-level function gets the rank's `WorkerHost` in place of a worker.
+
         Raises:
             ValueError: len(shards) is not `size`.
+            TypeError, LookupError: no worker has that method (`WorkerHost.stream`).
+            RuntimeError: the call before is not finished.
             WorkerError: (from the handle too) a rank failed; names the rank, the phase and holds its traceback.
         """
         ...

@@ -88,10 +88,14 @@ class Link:
         with self._sending:
             return [self._gloo.send([torch.from_numpy(array)], self.peer, 0) for array in arrays]
 
-    def send(self, message: Message) -> None:
-        """Raises RuntimeError: the connection is broken."""
+    def send(self, message: Message, timeout: timedelta = FOREVER) -> None:
+        """Returns when the peer has begun to take the last part: it has to be receiving.
+
+        Raises:
+            RuntimeError: the connection is broken, or was not ready in time and is broken now.
+        """
         for work in self.post(message):
-            work.wait(FOREVER)
+            work.wait(timeout)
 
     def receive(self) -> Message:
         """Wait for the next message. A broken connection gives one of kind CLOSED."""

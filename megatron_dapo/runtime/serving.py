@@ -12,11 +12,13 @@ What is left out: an NCCL collective within a node may outlive its peer; there N
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import sys
 import threading
 import traceback
+from datetime import timedelta
 from typing import NoReturn
 
 from megatron_dapo.runtime.host import IDLE, WorkerHost, phase_of
@@ -25,7 +27,7 @@ from megatron_dapo.runtime.link import Kind, Link, Message
 START_UP = "start-up"
 READING = "the reading of a call"
 LEAVE_SECONDS = 2.0  # for what runs when the driver has gone, or said to leave
-REPORT_SECONDS = 30.0  # for the driver to take a report
+REPORT_TIMEOUT = timedelta(seconds=30)  # for the driver to take a report
 
 
 class Server:
@@ -49,14 +51,15 @@ class Server:
         if message.kind is Kind.CLOSED:
             self._end(1, "the driver ended without a word; see the log of rank 0")
         self._left.set()
-        self._link.send(Message(Kind.GOODBYE))
+        with contextlib.suppress(RuntimeError):  # the driver did not wait for it
+            self._link.send(Message(Kind.GOODBYE))
 
     def give_up(self, why: str) -> NoReturn:
         """Report a failure to the driver and end the process."""
         message = Message.of(Kind.FAILED, (self._phase, why))
         try:
-            self._link.send(message)
-            acknowledged = self._inbox.get(timeout=REPORT_SECONDS).kind is not Kind.CLOSED
+            self._link.send(message, REPORT_TIMEOUT)
+            acknowledged = self._inbox.get(timeout=REPORT_TIMEOUT.total_seconds()).kind is not Kind.CLOSED
         except (RuntimeError, queue.Empty):
             acknowledged = False
         self._end(0 if acknowledged else 1, f"failed in {self._phase}:\n{why}")

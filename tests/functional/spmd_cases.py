@@ -6,9 +6,11 @@ ranks, so that one start of torchrun does for all; a rank writes its fork's exit
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import random
 import signal
 import socket
 import sys
@@ -246,13 +248,20 @@ def run_in_fork(folder: Path, case: str) -> int:
 def _agreed_port(file: Path) -> str:
     """A free port, found by rank 0 and passed on through the file."""
     if os.environ["RANK"] == "0":
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            file.with_suffix(".tmp").write_text(str(probe.getsockname()[1]))
+        file.with_suffix(".tmp").write_text(str(_free_port()))
         file.with_suffix(".tmp").rename(file)
     while not file.exists():
         time.sleep(0.01)
     return file.read_text()
+
+
+def _free_port() -> int:
+    """Below those that the system gives to connections, or one of another case's could take it meanwhile."""
+    while True:
+        port = random.randrange(15_000, 30_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            return port
 
 
 def _status(child: int, driver_file: Path) -> int | str:

@@ -315,6 +315,24 @@ def test_a_redraw_that_a_full_batch_leaves_over_comes_first_in_the_next_step() -
     )
 
 
+def test_a_redraw_is_made_even_when_the_datasets_epochs_are_over() -> None:
+    def verdict(key: tuple[int, int], text: str) -> RewardResult:
+        return failed("error") if key == (11, 0) else graded(float(key[1] == 0))
+
+    step = sampler(verdict, prompts=12, epochs=1, train_batch_size=12).collect(0)
+    assert draws(step) == [*range(11), 12]
+    assert sorted(group.prompt.index for group in step.groups) == list(range(12))
+    assert not step.exhausted
+
+
+def test_no_draw_index_is_used_twice() -> None:
+    source = sampler(lambda key, text: failed("error") if key[0] % 5 == 1 else mixed(key, text))
+    steps(source, 5)
+    keys = [(r.draw_index, r.sample_index) for r in source._rollout.engine.submitted]
+    assert len(set(keys)) == len(keys) == source.total.prompts_drawn * N
+    assert max(keys) == (source.total.prompts_drawn - 1, N - 1)
+
+
 def test_a_group_may_be_smaller_where_min_valid_allows_it() -> None:
     def verdict(key: tuple[int, int], text: str) -> RewardResult:
         return failed("error") if key == (2, 1) else graded(float(key[1] == 0))

@@ -92,6 +92,10 @@ def test_micro_batches_of_a_rank_are_evened_out() -> None:
     assert sorted(map(len, rank)) == [4, 5]
 
 
+def test_a_packing_that_evening_out_would_break_stays_as_tight_as_it_was() -> None:
+    assert plan_micro_batches(np.array([3, 3, 2, 2, 2]), 1, max_tokens=6) == (((0, 1), (2, 3, 4)),)
+
+
 def test_the_plan_is_a_function_of_its_arguments() -> None:
     lengths = np.random.default_rng(1).integers(1, 50, 200)
     assert plan_micro_batches(lengths, 4, max_tokens=90) == plan_micro_batches(lengths.copy(), 4, max_tokens=90)

@@ -142,6 +142,12 @@ def test_poll_waits_for_no_more_than_it_is_told_and_not_at_all_for_nothing(misch
         assert pool.pending == 1
 
 
+def test_a_response_larger_than_any_pipe_buffer_goes_through(mischief):
+    with RewardPool(custom(mischief), num_workers=1, timeout=TIMEOUT, max_retries=0) as pool:
+        results = score_all(pool, ["x" * 4_000_000, "fine"])
+    assert [result.metrics["length"] for result in results] == [4_000_000, 4]
+
+
 def test_a_timeout_ends_what_the_reward_function_started_too(mischief, tmp_path):
     marker = tmp_path / "pid"
     with RewardPool(custom(mischief), num_workers=1, timeout=TIMEOUT, max_retries=0) as pool:

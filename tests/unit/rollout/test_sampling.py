@@ -98,11 +98,8 @@ def test_exactly_k_of_equal_logits_are_kept_those_of_lower_id() -> None:
     assert set(tokens.tolist()) == {0, 1}
 
 
-def test_top_p_1_cuts_nothing_where_another_row_is_cut() -> None:
-    torch.manual_seed(0)
-    logits_BV = (20 * torch.randn(1, 1000)).expand(2, 1000)
-    sampler = RowSampler.of([SamplingParams(1, top_p=0.5), SamplingParams(1)], 1000, CPU)
-    _, logprobs = sampler.sample(logits_BV, torch.tensor([0.5, 1 - 2.0**-48], dtype=torch.float64))
-    alone = RowSampler.of([SamplingParams(1)], 1000, CPU)
-    _, expected = alone.sample(logits_BV[:1], torch.tensor([1 - 2.0**-48], dtype=torch.float64))
-    assert logprobs[1] == expected[0]
+def test_a_token_of_tiny_mass_is_drawn_where_its_turn_comes() -> None:
+    logits_BV = torch.tensor([[0.0, -20.0]] * 2)  # masses 1 - 2e-9 and 2e-9
+    u = torch.tensor([1 - 1e-9, 1 - 4e-9], dtype=torch.float64)
+    tokens, _ = RowSampler.of([SamplingParams(1)] * 2, 2, CPU).sample(logits_BV, u)
+    assert tokens.tolist() == [1, 0]

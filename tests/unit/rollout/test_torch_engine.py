@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from megatron_dapo.rollout.sampling import uniforms
 from megatron_dapo.rollout.torch_engine import TorchEngine, WeightsNotLoadedError
 from megatron_dapo.types import Completion, Request, SamplingParams
 from tests.unit.rollout.reference import (
@@ -92,6 +93,13 @@ def test_chunks_hold_max_num_seqs_requests_in_submission_order_and_never_two_cal
     assert batches == [[(0, 0), (0, 1), (1, 0), (1, 1)], [(2, 0), (2, 1)], [(9, 0)]]
 
 
+def test_rows_that_end_together_are_returned_in_submission_order() -> None:
+    engine = engine_for(reference_model("qwen2"), eos=())
+    engine.submit([Request(i, 0, np.array([4]), i, SamplingParams(n)) for i, n in enumerate([1, 5, 5, 5, 5])])
+    assert [c.draw_index for c in engine.poll()] == [0]
+    assert [c.draw_index for c in engine.poll()] == [1, 2, 3, 4]
+
+
 def test_the_same_calls_give_the_same_bits_whenever_poll_is_called() -> None:
     model = reference_model("qwen2")
     first, second = requests(prompts(4), SAMPLED, samples=4), requests(prompts(3), SAMPLED, samples=4, first_draw=50)
@@ -155,11 +163,24 @@ def test_eos_at_the_last_allowed_token_is_a_stop() -> None:
 
 
 def test_a_response_may_fill_the_models_positions() -> None:
-    model = reference_model("qwen2")
-    asked = requests([np.arange(4, 14)], SamplingParams(54))
+    model = reference_model("llama")
+    asked = requests([np.arange(4, 14)], SamplingParams(182))
     completion = run(engine_for(model, eos=()), asked)[0, 0]
-    assert len(completion.token_ids) == 54
+    assert len(completion.token_ids) == 182
     np.testing.assert_allclose(completion.logprobs, sampled_logprobs(model, asked[0], completion), atol=1e-5, rtol=0)
+
+
+def test_token_t_of_a_response_is_what_draw_t_of_its_seed_picks() -> None:
+    model = reference_model("qwen2")
+    asked = requests(prompts(2), SamplingParams(150), samples=2)
+    done = run(engine_for(model, eos=()), asked)
+    for request in asked:
+        tokens = done[request.draw_index, request.sample_index].token_ids
+        ids = torch.from_numpy(np.concatenate([request.prompt_ids, tokens]))
+        probabilities = torch.softmax(model(ids[None]).logits[0, len(request.prompt_ids) - 1 : -1].double(), -1)
+        draws = torch.from_numpy(uniforms(np.array([request.seed], np.uint64), 0, 150)[0])
+        picked = (probabilities.cumsum(-1) <= draws[:, None]).sum(-1)
+        assert picked.tolist() == tokens.tolist()
 
 
 def test_new_weights_change_answers_and_version() -> None:
@@ -290,8 +311,8 @@ def test_abort_drops_everything_and_the_engine_goes_on() -> None:
         (Request(1, 2, np.arange(60), 0, SAMPLED), "prompt ids range from 0 to 59; the vocabulary ends at 39"),
         (Request(1, 2, np.array([-1]), 0, SAMPLED), "prompt ids range from -1 to -1"),
         (
-            Request(1, 2, np.full(50, 4), 0, SAMPLED),
-            r"50 prompt tokens \+ max_tokens 16 = 66 .* 64 .* max_tokens 14 or",
+            Request(1, 2, np.full(180, 4), 0, SAMPLED),
+            r"180 prompt tokens \+ max_tokens 16 = 196 .* 192 .* max_tokens 12 or",
         ),
         (Request(1, 2, np.array([4]), 0, SamplingParams(0)), "max_tokens is 0"),
         (Request(1, 2, np.array([4]), 0, SamplingParams(1, temperature=-0.5)), "temperature is -0.5"),

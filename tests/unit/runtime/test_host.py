@@ -89,7 +89,7 @@ class Other(Policy):
 
 
 def test_two_derived_workers_are_ambiguous():
-    with pytest.raises(LookupError, match="2 workers that are a Policy.*Other, Special"):
+    with pytest.raises(LookupError, match=r"2 workers that are a Policy.*Other, Special"):
         host_of(Special(), Other()).get(Policy)
 
 

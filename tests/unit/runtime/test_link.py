@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import numpy as np
 import pytest
-from torch.distributed import HashStore, ProcessGroupGloo
+from torch.distributed import HashStore, ProcessGroupGloo  # pyright: ignore[reportPrivateImportUsage]
 
 from megatron_dapo.runtime.link import APART_BYTES, Kind, Link, Message, meet
 
@@ -41,6 +41,15 @@ def test_a_read_only_array_is_copied_since_torch_takes_writable_memory_only():
     np.testing.assert_array_equal(message.load(), frozen)
 
 
+def assert_received(here: Link, there: Link, payload: object) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        received = pool.submit(there.receive)
+        here.send(Message.of(Kind.ITEM, payload))
+        message = received.result(30)
+    assert message.kind is Kind.ITEM
+    np.testing.assert_equal(message.load(), payload)
+
+
 @pytest.mark.parametrize(
     "payload",
     [
@@ -54,13 +63,7 @@ def test_a_read_only_array_is_copied_since_torch_takes_writable_memory_only():
     ids=["none", "text", "nested", "big array", "fortran order", "long bytes"],
 )
 def test_what_is_sent_is_received(payload: object):
-    here, there = linked()
-    with ThreadPoolExecutor(1) as pool:
-        received = pool.submit(there.receive)
-        here.send(Message.of(Kind.ITEM, payload))
-        message = received.result(30)
-    assert message.kind is Kind.ITEM
-    np.testing.assert_equal(message.load(), payload)
+    assert_received(*linked(), payload)
 
 
 def test_messages_of_many_threads_arrive_whole_and_those_of_one_in_order():
@@ -83,9 +86,8 @@ def test_messages_of_many_threads_arrive_whole_and_those_of_one_in_order():
 
 def test_a_broken_connection_reads_as_closed():
     here, there = linked()
-    here.send(Message(Kind.STOP))
+    assert_received(here, there, None)
     del here
-    assert there.receive().kind is Kind.STOP
     assert there.receive().kind is Kind.CLOSED
 
 

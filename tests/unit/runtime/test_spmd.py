@@ -85,12 +85,12 @@ def test_one_call_at_a_time(group: SpmdGroup):
 def test_items_that_were_taken_are_not_in_a_result(group: SpmdGroup):
     handle = group.start(Worker.count, [2])
     next(iter(handle))
-    with pytest.raises(RuntimeError, match="items of Worker.count were taken already"):
+    with pytest.raises(RuntimeError, match=r"items of Worker.count were taken already"):
         handle.result()
 
 
 def test_shards_must_be_as_many_as_ranks(group: SpmdGroup):
-    with pytest.raises(ValueError, match="Worker.echo: 2 shards for 1 ranks; give one to each"):
+    with pytest.raises(ValueError, match=r"Worker.echo: 2 shards for 1 ranks; give one to each"):
         group.start(Worker.echo, [1, 2])
 
 
