@@ -44,7 +44,7 @@ from megatron_dapo.trainer import Trainer
 from megatron_dapo.training_step import StepRules, final_rewards
 from megatron_dapo.types import IntArray, Prompt, SamplingParams
 from megatron_dapo.workers.policy import PolicySettings, PolicyWorker
-from megatron_dapo.workers.policy_group import MicroBatchLimits, PolicyGroup
+from megatron_dapo.workers.policy_group import MicroBatchLimits, PassLimits, PolicyGroup
 from megatron_dapo.workers.rollout import RolloutFleet, RolloutWorker
 
 
@@ -116,8 +116,7 @@ def building_trainer(
     first_step = 0 if found is None else store.read_state(found)["progress"]["step"] + 1
     total_steps = training_steps(config, len(datasets.train))
     rules = _rules(config)
-    limits = _limits(config)
-    policy = PolicyGroup(group, limits["update"], limits["log_prob"])
+    policy = PolicyGroup(group, _limits(config))
     interrupts = Interrupts()
     engine = RolloutFleet(group, interrupts.check)
     with ExitStack() as stack:
@@ -191,23 +190,39 @@ def _rules(config: RunConfig) -> StepRules:
     return StepRules(config.actor_rollout_ref.actor, config.algorithm, config.reward_model)
 
 
-def _limits(config: RunConfig) -> dict[str, MicroBatchLimits]:
-    """Of updates and of log-prob passes. Context parallelism holds a micro-batch on several GPUs."""
+def _limits(config: RunConfig) -> PassLimits:
+    """How much a micro-batch of each pass holds. Context parallelism spreads one over several GPUs."""
     section = config.actor_rollout_ref
     actor, megatron = section.actor, section.actor.megatron
-    cp_size = megatron.context_parallel_size
     multiple = megatron.pipeline_model_parallel_size if megatron.virtual_pipeline_model_parallel_size else 1
-    hidden = AutoConfig.from_pretrained(section.model.path).hidden_size
-    shared = {"multiple_of": multiple, "quadratic": 1 / (12 * hidden)}
-    if not actor.use_dynamic_bsz:
-        limits = MicroBatchLimits(None, actor.ppo_micro_batch_size_per_gpu, **shared)
-        return {"update": limits, "log_prob": limits}
-    tokens = actor.ppo_max_token_len_per_gpu
-    logp_tokens = section.rollout.log_prob_max_token_len_per_gpu or tokens
-    return {
-        "update": MicroBatchLimits(tokens * cp_size, None, **shared),
-        "log_prob": MicroBatchLimits(logp_tokens * cp_size, None, **shared),
-    }
+    hidden_size = AutoConfig.from_pretrained(section.model.path).hidden_size
+
+    def limits(by_tokens: bool, tokens_per_gpu: int | None, name: str) -> MicroBatchLimits:
+        if not by_tokens and actor.ppo_micro_batch_size_per_gpu is None:
+            raise ConfigError(
+                f"actor_rollout_ref.{name} is false, so micro-batches count sequences, and "
+                "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu is not set; set it, or use tokens"
+            )
+        tokens = (tokens_per_gpu or actor.ppo_max_token_len_per_gpu) * megatron.context_parallel_size
+        return MicroBatchLimits(
+            tokens=tokens if by_tokens else None,
+            sequences=None if by_tokens else actor.ppo_micro_batch_size_per_gpu,
+            multiple_of=multiple,
+            quadratic=1 / (12 * hidden_size),
+        )
+
+    rollout, ref = section.rollout, section.ref
+    return PassLimits(
+        update=limits(actor.use_dynamic_bsz, None, "actor.use_dynamic_bsz"),
+        log_prob=limits(
+            rollout.log_prob_use_dynamic_bsz,
+            rollout.log_prob_max_token_len_per_gpu,
+            "rollout.log_prob_use_dynamic_bsz",
+        ),
+        reference=limits(
+            ref.log_prob_use_dynamic_bsz, ref.log_prob_max_token_len_per_gpu, "ref.log_prob_use_dynamic_bsz"
+        ),
+    )
 
 
 def _engine(config: RunConfig) -> TorchEngine:

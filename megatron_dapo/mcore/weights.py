@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from megatron_dapo.mcore.families import ModelShape
 from megatron_dapo.mcore.families.names import Piece, Shard, global_name, hf_shapes, pieces, sharded_dim
@@ -35,7 +35,7 @@ def load_hf(chunks: Sequence[GPTModel], shape: ModelShape, path: str | Path) -> 
     """Fill this rank's parameters from the safetensors in `path`; padded vocabulary rows become 0.
 
     Raises:
-        CheckpointError: a missing file or tensor, or a tensor of another shape.
+        CheckpointError: a missing or broken file, a missing tensor, or one of another shape.
     """
     layout = current_layout()
     with _Reader(Path(path), hf_shapes(shape)) as reader:
@@ -52,13 +52,13 @@ def read_hf(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of every tensor in the safetensors of `path`, one at a time.
 
     Raises:
-        CheckpointError: a missing file.
+        CheckpointError: a missing or broken file.
     """
     by_file: dict[Path, list[str]] = defaultdict(list)
     for name, file in _tensor_files(Path(path)).items():
         by_file[file].append(name)
     for file, names in by_file.items():
-        with safe_open(str(file), framework="pt") as handle:
+        with _opened(file) as handle:
             for name in names:
                 yield name, handle.get_tensor(name)
 
@@ -137,7 +137,7 @@ class _Reader:
     shapes: dict[str, tuple[int, ...]]
 
     def __enter__(self) -> _Reader:
-        self._open: dict[str, Any] = {}
+        self._open: dict[Path, Any] = {}
         self._file_of = _tensor_files(self.path)
         for name, wanted in self.shapes.items():
             self._check(name, wanted)
@@ -160,25 +160,47 @@ class _Reader:
             )
 
     def _handle(self, name: str) -> Any:
-        file = str(self._file_of[name])
+        file = self._file_of[name]
         if file not in self._open:
-            self._open[file] = safe_open(file, framework="pt").__enter__()
+            self._open[file] = _opened(file)
         return self._open[file]
 
 
 def _tensor_files(path: Path) -> dict[str, Path]:
     """tensor name -> the file it is in."""
     index, single = path / _INDEX, path / _SINGLE
-    if index.exists():
-        names = {name: path / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        for file in sorted(set(names.values())):
-            if not file.exists():
-                raise CheckpointError(f"{index} names {file.name}, which is not there")
-        return names
-    if not single.exists():
-        raise CheckpointError(f"{path} has neither {_SINGLE} nor {_INDEX}; wanted a Hugging Face checkpoint")
+    if not index.exists():
+        if not single.exists():
+            raise CheckpointError(f"{path} has neither {_SINGLE} nor {_INDEX}; wanted a Hugging Face checkpoint")
+        return dict.fromkeys(_tensor_names(single), single)
+    file_of = {name: path / file for name, file in _weight_map(index).items()}
+    held = {}
+    for file in sorted(set(file_of.values())):
+        if not file.exists():
+            raise CheckpointError(f"{index} names {file.name}, which is not there; fetch the checkpoint again")
+        held[file] = set(_tensor_names(file))
+    for name, file in file_of.items():
+        if name not in held[file]:
+            raise CheckpointError(f"{file} has no tensor {name!r}, which {_INDEX} says is in it")
+    return file_of
+
+
+def _weight_map(index: Path) -> dict[str, str]:
     try:
-        with safe_open(str(single), framework="pt") as handle:
-            return dict.fromkeys(handle.keys(), single)
-    except Exception as error:
-        raise CheckpointError(f"{single} cannot be read as safetensors: {error}") from error
+        return json.loads(index.read_text())["weight_map"]
+    except (json.JSONDecodeError, KeyError) as error:
+        raise CheckpointError(f"{index} is no index of safetensors, it should hold weight_map: {error!r}") from error
+
+
+def _tensor_names(file: Path) -> list[str]:
+    with _opened(file) as handle:
+        return list(handle.keys())
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(str(file), framework="pt")
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{file} ({file.stat().st_size} bytes) cannot be read as safetensors: {error}; fetch the checkpoint again"
+        ) from error

@@ -29,26 +29,34 @@ class MicroBatchLimits:
     quadratic: float = 0.0  # see `plan_micro_batches`
 
 
+@dataclass(frozen=True)
+class PassLimits:
+    """Of each kind of pass."""
+
+    update: MicroBatchLimits
+    log_prob: MicroBatchLimits
+    reference: MicroBatchLimits
+
+
 class PolicyGroup:
     """All ranks of the policy behind one object on the driver."""
 
-    def __init__(self, group: WorkerGroup, update_limits: MicroBatchLimits, logp_limits: MicroBatchLimits):
-        self._group = group
-        self._update_limits, self._logp_limits = update_limits, logp_limits
+    def __init__(self, group: WorkerGroup, limits: PassLimits):
+        self._group, self._limits = group, limits
         self._layouts: list[RankLayout] = group.call_all(PolicyWorker.rank_layout)
         self.dp_size = self._layouts[0].dp_size
 
     def log_probs(self, sequences: SequenceBatch) -> FloatArray:
         """[N] log-prob of each response token under the present weights."""
-        return self._log_probs(PolicyWorker.log_probs, sequences)
+        return self._log_probs(PolicyWorker.log_probs, sequences, self._limits.log_prob)
 
     def reference_log_probs(self, sequences: SequenceBatch) -> FloatArray:
         """[N] the same under the frozen reference."""
-        return self._log_probs(PolicyWorker.reference_log_probs, sequences)
+        return self._log_probs(PolicyWorker.reference_log_probs, sequences, self._limits.reference)
 
     def plan(self, lengths: IntArray) -> Plan:
         """Which sequence of a mini-batch goes to which data-parallel rank and micro-batch."""
-        return _plan(lengths, self.dp_size, self._update_limits)
+        return _plan(lengths, self.dp_size, self._limits.update)
 
     def update(self, mini_batches: Sequence[Sequence[Sequence[MicroBatch]]], lr: float) -> Iterator[UpdateStats]:
         """One optimizer update for each mini-batch [mini-batch][data-parallel rank][micro-batch], as they are done."""
@@ -74,8 +82,8 @@ class PolicyGroup:
         """Write the present weights as a Hugging Face checkpoint with config and tokenizer."""
         self._group.call_all(PolicyWorker.save_hf, path)
 
-    def _log_probs(self, method: Callable[..., Any], sequences: SequenceBatch) -> FloatArray:
-        plan = _plan(sequences.lengths, self.dp_size, self._logp_limits)
+    def _log_probs(self, method: Callable[..., Any], sequences: SequenceBatch, limits: MicroBatchLimits) -> FloatArray:
+        plan = _plan(sequences.lengths, self.dp_size, limits)
         shortest = int(sequences.lengths.argmin())  # keeps an idle rank in step; its result is not looked at
         shards = [
             tuple(sequences.select(indices or [shortest]) for indices in plan[layout.dp_rank])

@@ -78,7 +78,9 @@ def test_a_run_over_several_ranks_is_the_run_on_one(
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_ctrl_c_saves_the_state_and_the_next_start_goes_on(config: Path, tmp_path: Path, ranks: int) -> None:
-    process = start(*command(ranks, config, tmp_path, "trainer.total_training_steps=100000", "trainer.logger=[console]"))
+    process = start(
+        *command(ranks, config, tmp_path, "trainer.total_training_steps=100000", "trainer.logger=[console]")
+    )
     assert process.stdout is not None
     while "step 2/" not in (line := process.stdout.readline()):
         assert line, process.communicate()[1][-4000:]

@@ -14,13 +14,13 @@ BYTE_LEVEL = {" ": "Ġ"}
 
 # Scores differ within a group and depend on nothing but the text. Half a millisecond to some milliseconds of real,
 # random delay: results arrive in another order each time.
-REWARD = '''
+REWARD = """
 import random, time, zlib
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     time.sleep(random.SystemRandom().random() * 0.004)
     right = zlib.crc32((solution_str + ground_truth).encode()) % 3 == 0
     return {"score": 1.0 if right else -1.0, "acc": right, "pred": solution_str[:4]}
-'''
+"""
 
 
 def make_workspace(root: Path, family: str = "qwen2", tied: bool = False) -> Path:

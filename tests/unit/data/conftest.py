@@ -13,6 +13,7 @@ import pytest
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 Rows = Sequence[Any]
@@ -24,10 +25,11 @@ TEMPLATE = (
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """The id of a character is its code point."""
+    """The id of a character is its code point; as many tokenizers do, it puts a token in front of plain text."""
     vocab = {chr(code): code for code in range(128)}
     model = Tokenizer(WordLevel(vocab, unk_token="?"))
     model.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    model.post_processor = TemplateProcessing(single="\x01 $A", special_tokens=[("\x01", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=model, chat_template=TEMPLATE, bos_token="\x01")
 
 

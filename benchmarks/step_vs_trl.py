@@ -1,0 +1,230 @@
+"""CPU-seconds of a training step here and in TRL's GRPOTrainer(loss_type="dapo"), and to a greedy accuracy.
+
+    python benchmarks/step_vs_trl.py --json step_vs_trl.json
+
+Both sides train the arithmetic example's model on its prompts: the same batch, lengths, sampling, reward, optimizer
+and number of updates a rollout, one thread each, every run in a process of its own, in turns. CPU time is read from
+outside at the end of each step, descendants included (`support/cpu_meter.py`); set-up and the first steps are left out.
+
+A step: without dynamic sampling, which TRL has not, and at a learning rate that leaves the policy where it is, so
+that both write responses of the same lengths from the first step to the last.
+
+To an accuracy: each trains as the example does, dynamic sampling included on our side, until greedy decoding gets
+enough of the held-out problems right. Evaluating costs nothing: a step that ends with an evaluation counts as the
+mean of those that do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from support.cpu_meter import cpu_at_lines
+
+ROOT = Path(__file__).parents[1]
+WARM_UP = 3  # steps
+EVALUATE_EVERY = 5  # steps
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": str(ROOT),
+}
+BATCH = ("data.train_batch_size=16", "data.gen_batch_size=16", "actor_rollout_ref.rollout.n=8")
+QUIET = ("trainer.logger=[jsonl]", "trainer.log_samples=0", "trainer.save_freq=-1", "trainer.resume_mode=disable")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The lines that a side wrote, one a step, and the CPU seconds that it had used at each."""
+
+    lines: list[dict[str, float]]
+    cpu_seconds: list[float]
+
+    def step_seconds(self) -> list[float]:
+        """[steps - 1] of steps 2, 3, ...: the first reading includes the set-up."""
+        return [after - before for before, after in zip(self.cpu_seconds, self.cpu_seconds[1:], strict=False)]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two: its command, the file of its lines, and what it calls things."""
+
+    name: str
+    command: Callable[[Path], list[str]]  # folder of the run -> the command, but for CONFIG.yaml and overrides
+    lines: str
+    length: str
+    greedy_accuracy: str  # a pattern
+
+    def run(self, folder: Path, words: Sequence[str], enough: float = 2.0) -> Run:
+        """Run with CONFIG.yaml and overrides `words` to the end, or until a greedy accuracy is `enough`."""
+        folder.mkdir(parents=True)
+        lines = folder / self.lines
+        command = [*self.command(folder), *words]
+        readings = cpu_at_lines(
+            command,
+            lines,
+            ENVIRONMENT,
+            folder / "output.log",
+            lambda line: (self.accuracy(json.loads(line)) or 0.0) >= enough,
+        )
+        return Run([json.loads(line) for line in lines.read_text().splitlines()[: len(readings)]], readings)
+
+    def accuracy(self, line: dict[str, float]) -> float | None:
+        """The greedy accuracy, where the step ended with an evaluation."""
+        return next((value for key, value in line.items() if re.fullmatch(self.greedy_accuracy, key)), None)
+
+
+SIDES = (
+    Side(
+        name="megatron_dapo",
+        command=lambda folder: [sys.executable, "-m", "megatron_dapo", "train", f"trainer.default_local_dir={folder}"],
+        lines="metrics.jsonl",
+        length="response/length_mean",
+        greedy_accuracy=r"val/[^/]+/avg@1",
+    ),
+    Side(
+        name="trl",
+        command=lambda folder: [sys.executable, f"{ROOT}/benchmarks/support/trl_side.py", f"{folder}/rollouts.jsonl"],
+        lines="rollouts.jsonl",
+        length="response_length",
+        greedy_accuracy="greedy_accuracy",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class StepCost:
+    side: str
+    cpu_seconds: float  # a step: the median over the repetitions of each one's median
+    lowest: float  # of the repetitions
+    highest: float
+    response_length: float  # tokens, the mean over all measured steps
+    steps: int  # measured
+
+
+@dataclass(frozen=True)
+class AccuracyCost:
+    side: str
+    accuracy: float  # the first that was enough, or the best there was
+    steps: int | None  # to it; None where it was not reached
+    cpu_seconds: float | None
+
+
+def step_costs(folder: Path, config: str, repetitions: int, steps: int) -> list[StepCost]:
+    """The sides in turns, the first one changing, `repetitions` times; `steps` measured steps each time."""
+    settings = [
+        *BATCH,
+        *QUIET,
+        "algorithm.filter_groups.enable=false",
+        "actor_rollout_ref.actor.optim.lr=1e-7",
+        "trainer.test_freq=-1",
+        "trainer.val_before_train=false",
+        f"trainer.total_training_steps={WARM_UP + steps}",
+    ]
+    runs: dict[str, list[Run]] = {side.name: [] for side in SIDES}
+    for repetition in range(repetitions):
+        for side in SIDES if repetition % 2 == 0 else reversed(SIDES):
+            words = [config, *settings, f"data.seed={repetition}"]
+            runs[side.name].append(side.run(folder / f"step-{repetition}-{side.name}", words))
+    return [_step_cost(side, runs[side.name]) for side in SIDES]
+
+
+def _step_cost(side: Side, runs: Sequence[Run]) -> StepCost:
+    medians = [statistics.median(run.step_seconds()[WARM_UP - 1 :]) for run in runs]
+    lengths = [line[side.length] for run in runs for line in run.lines[WARM_UP:]]
+    return StepCost(
+        side=side.name,
+        cpu_seconds=statistics.median(medians),
+        lowest=min(medians),
+        highest=max(medians),
+        response_length=statistics.mean(lengths),
+        steps=len(lengths),
+    )
+
+
+def accuracy_cost(side: Side, folder: Path, config: str, enough: float, most_steps: int) -> AccuracyCost:
+    settings = [
+        *BATCH,
+        *QUIET,
+        f"trainer.test_freq={EVALUATE_EVERY}",
+        "trainer.val_before_train=false",
+        "actor_rollout_ref.rollout.val_kwargs.do_sample=false",
+        "actor_rollout_ref.rollout.val_kwargs.n=1",
+        f"trainer.total_training_steps={most_steps}",
+    ]
+    run = side.run(folder / f"accuracy-{side.name}", [config, *settings], enough)
+    accuracies = [side.accuracy(line) for line in run.lines]
+    reached = [step for step, value in enumerate(accuracies, 1) if value is not None and value >= enough]
+    if not reached:
+        return AccuracyCost(side.name, max(value for value in accuracies if value is not None), None, None)
+    steps = reached[0]
+    plain = [s for s, value in zip(run.step_seconds(), accuracies[1:], strict=True) if value is None]
+    return AccuracyCost(side.name, accuracies[steps - 1] or 0.0, steps, steps * statistics.mean(plain))
+
+
+def step_table(costs: Sequence[StepCost]) -> Table:
+    table = Table(title="one step: 16 prompts × 8 responses", title_justify="left")
+    for name in ("side", "CPU-s", "lowest", "highest", "response tokens", "steps", "against trl"):
+        table.add_column(name, justify="left" if name == "side" else "right")
+    trl = next(cost.cpu_seconds for cost in costs if cost.side == "trl")
+    for cost in costs:
+        numbers = (cost.cpu_seconds, cost.lowest, cost.highest, cost.response_length)
+        ratio = f"1/{trl / cost.cpu_seconds:.2f}"
+        table.add_row(cost.side, *(f"{number:.2f}" for number in numbers), str(cost.steps), ratio)
+    return table
+
+
+def accuracy_table(costs: Sequence[AccuracyCost], enough: float) -> Table:
+    table = Table(title=f"to a greedy accuracy of {enough:.0%}", title_justify="left")
+    for name in ("side", "accuracy", "steps", "CPU-s"):
+        table.add_column(name, justify="left" if name == "side" else "right")
+    for cost in costs:
+        reached = (str(cost.steps), f"{cost.cpu_seconds:.1f}") if cost.steps else ("not reached", "–")
+        table.add_row(cost.side, f"{cost.accuracy:.1%}", *reached)
+    return table
+
+
+def main() -> None:
+    arguments = _arguments()
+    console = Console()
+    found: dict[str, list[StepCost] | list[AccuracyCost]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if arguments.only != "accuracy":
+            found["step"] = costs = step_costs(folder, arguments.config, arguments.repetitions, arguments.steps)
+            console.print(step_table(costs))
+        if arguments.only != "step":
+            found["accuracy"] = reached = [
+                accuracy_cost(side, folder, arguments.config, arguments.accuracy, arguments.most_steps)
+                for side in SIDES
+            ]
+            console.print(accuracy_table(reached, arguments.accuracy))
+    if arguments.json:
+        numbers = {figure: [asdict(cost) for cost in costs] for figure, costs in found.items()}
+        arguments.json.write_text(json.dumps(numbers, indent=1) + "\n")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the same numbers there")
+    parser.add_argument("--only", choices=("step", "accuracy"), help="one of the two figures")
+    parser.add_argument("--config", required=True, help="configuration of the run whose model and prompts are used")
+    parser.add_argument("--repetitions", type=int, default=3, help="runs of each side")
+    parser.add_argument("--steps", type=int, default=12, help="measured steps of a run")
+    parser.add_argument("--accuracy", type=float, default=0.8, help="greedy accuracy to reach")
+    parser.add_argument("--most-steps", type=int, default=150, help="steps after which it counts as not reached")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
