@@ -175,7 +175,7 @@ def accuracy_cost(side: Side, folder: Path, config: str, enough: float, most_ste
 def step_table(costs: Sequence[StepCost]) -> Table:
     table = Table(title="one step: 16 prompts × 8 responses", title_justify="left")
     for name in ("side", "CPU-s", "lowest", "highest", "response tokens", "steps", "against trl"):
-        table.add_column(name, justify="left" if name == "side" else "right")
+        table.add_column(name, justify="left" if name == "side" else "right", no_wrap=True)
     trl = next(cost.cpu_seconds for cost in costs if cost.side == "trl")
     for cost in costs:
         numbers = (cost.cpu_seconds, cost.lowest, cost.highest, cost.response_length)
@@ -187,7 +187,7 @@ def step_table(costs: Sequence[StepCost]) -> Table:
 def accuracy_table(costs: Sequence[AccuracyCost], enough: float) -> Table:
     table = Table(title=f"to a greedy accuracy of {enough:.0%}", title_justify="left")
     for name in ("side", "accuracy", "steps", "CPU-s"):
-        table.add_column(name, justify="left" if name == "side" else "right")
+        table.add_column(name, justify="left" if name == "side" else "right", no_wrap=True)
     for cost in costs:
         reached = (str(cost.steps), f"{cost.cpu_seconds:.1f}") if cost.steps else ("not reached", "–")
         table.add_row(cost.side, f"{cost.accuracy:.1%}", *reached)
@@ -196,7 +196,7 @@ def accuracy_table(costs: Sequence[AccuracyCost], enough: float) -> Table:
 
 def main() -> None:
     arguments = _arguments()
-    console = Console()
+    console = Console(width=100)
     found: dict[str, list[StepCost] | list[AccuracyCost]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -53,7 +53,7 @@ def cpu_at_lines(
 
 
 def _cpu_seconds(pid: int) -> float:
-    """User and system seconds of a process, of its descendants alive and of those that have ended and been waited for."""
+    """User and system seconds of a process and its descendants, those included that have ended and been waited for."""
     total = 0.0
     process = psutil.Process(pid)
     for each in [process, *process.children(recursive=True)]:

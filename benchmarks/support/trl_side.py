@@ -11,12 +11,13 @@ checkpointing. TRL has no dynamic sampling, so `algorithm.filter_groups` has no 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
 from megatron_dapo.algo.overlong import overlong_penalty
@@ -25,6 +26,8 @@ from megatron_dapo.config.tree import RunConfig
 from megatron_dapo.data.files import Row, read_rows
 from megatron_dapo.obs.jsonl import JsonlWriter
 from megatron_dapo.rewards.math_dapo import score
+
+Chat = list[dict[str, str]]
 
 EVAL_BATCH = 256
 
@@ -107,12 +110,8 @@ class RolloutLines(TrainerCallback):
         self._val_rows = read_rows(config.data.val_files, config.data.prompt_key).distinct if every > 0 else ()
 
     def reward(
-        self,
-        completions: list[list[dict[str, str]]],
-        completion_ids: list[list[int]],
-        ground_truth: list[str],
-        **_: Any,
-    ) -> list[float]:
+        self, completions: Sequence[Chat], completion_ids: Sequence[list[int]], ground_truth: Sequence[str], **_: Any
+    ) -> list[float | None]:
         scores = [score(c[0]["content"], truth) for c, truth in zip(completions, ground_truth, strict=True)]
         lengths = [len(ids) for ids in completion_ids]
         self._rollout = {
@@ -136,26 +135,27 @@ class RolloutLines(TrainerCallback):
         return overlong_penalty(length, longest, buffer.len, buffer.penalty_factor) if buffer.enable else 0.0
 
     @torch.no_grad()
-    def _greedy_accuracy(self, model: PreTrainedModel) -> float:
+    def _greedy_accuracy(self, model: Any) -> float:
         right = 0
         model.eval()
         for start in range(0, len(self._val_rows), EVAL_BATCH):
             rows = self._val_rows[start : start + EVAL_BATCH]
-            texts = [
-                self._tokenizer.apply_chat_template(chat(r), tokenize=False, add_generation_prompt=True) for r in rows
-            ]
-            inputs = self._tokenizer(
-                texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+            inputs: Any = self._tokenizer.apply_chat_template(
+                [chat(row) for row in rows],
+                add_generation_prompt=True,
+                padding=True,
+                tokenizer_kwargs={"padding_side": "left"},
+                return_tensors="pt",
+                return_dict=True,
             )
-            longest = self._config.data.max_response_length
-            ids = model.generate(**inputs, max_new_tokens=longest, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-            answers = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+            ids = model.generate(**inputs, max_new_tokens=self._config.data.max_response_length, do_sample=False)
+            answers = self._tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             right += sum(score(answer, row.ground_truth).acc for answer, row in zip(answers, rows, strict=True))
         model.train()
         return right / len(self._val_rows)
 
 
-def chat(row: Row) -> list[dict[str, str]]:
+def chat(row: Row) -> Chat:
     return [{"role": role, "content": content} for role, content in row.messages]
 
 

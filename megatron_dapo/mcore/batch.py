@@ -95,9 +95,8 @@ class _Rows:
 
 
 def _packed_rows(batch: SequenceBatch, layout: RankLayout, sp: bool) -> _Rows:
-    unit = 2 * layout.cp_size if layout.cp_size > 1 else 1
+    unit, whole = _units(layout, sp)
     segments = [_round_up(int(length), unit) for length in batch.lengths]
-    whole = math.lcm(unit, layout.cp_size * (layout.tp_size if sp else 1))
     segments[-1] += _round_up(sum(segments), whole) - sum(segments)
     rows = _empty_rows(1, sum(segments), segments)
     start = 0
@@ -108,12 +107,17 @@ def _packed_rows(batch: SequenceBatch, layout: RankLayout, sp: bool) -> _Rows:
 
 
 def _padded_rows(batch: SequenceBatch, layout: RankLayout, sp: bool) -> _Rows:
-    unit = (2 * layout.cp_size if layout.cp_size > 1 else 1) * (layout.tp_size if sp else 1)
-    length = _round_up(int(batch.lengths.max()), unit)
+    length = _round_up(int(batch.lengths.max()), _units(layout, sp)[1])
     rows = _empty_rows(len(batch), length, [length])
     for index in range(len(batch)):
         _write_sequence(rows, batch, index, index, 0, length)
     return rows
+
+
+def _units(layout: RankLayout, sp: bool) -> tuple[int, int]:
+    """What the length of a sequence, and that of a whole row, has to be a multiple of."""
+    sequence = 2 * layout.cp_size if layout.cp_size > 1 else 1
+    return sequence, math.lcm(sequence, layout.cp_size * (layout.tp_size if sp else 1))
 
 
 def _empty_rows(count: int, total: int, segments: list[int]) -> _Rows:

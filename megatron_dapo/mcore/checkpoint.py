@@ -1,8 +1,8 @@
 """Model and optimizer to disk and back through Megatron's `dist_checkpointing`, on any layout.
 
-Three things that Megatron-Core 0.16 does with torch's AdamW are set right here: its state has to exist before a load;
-its `step` is saved apart but asked for on load; and after a load all parameters share one `step` tensor, which AdamW
-would then advance once a parameter.
+Four things that Megatron-Core 0.16 does with torch's AdamW are set right here: its state has to exist before a load;
+the distributed optimizer saves `step` apart but asks for it on load, and then gives all parameters one `step` tensor,
+which AdamW would advance once a parameter; the other ones leave a `step` of 0 out.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ def load(chunks: Sequence[GPTModel], optimizer: ChainedOptimizer, path: str | Pa
     for part in optimizer.chained_optimizers:
         if isinstance(part, DistributedOptimizer):
             _keep_own_step(part)
+        else:
+            _with_step(state["optimizer"])
     with torch.no_grad():
         optimizer.load_state_dict(state["optimizer"])
     for part in optimizer.chained_optimizers:
@@ -67,6 +69,11 @@ def _make_adam_state(optimizer: ChainedOptimizer) -> None:
                     state["exp_avg"] = torch.zeros_like(param.data)
                     state["exp_avg_sq"] = torch.zeros_like(param.data)
                 state.setdefault("step", torch.tensor(0.0))
+
+
+def _with_step(saved: dict[str, Any]) -> None:
+    """Put back the step that is left out where nothing was trained yet. Under bf16 Adam's state is a level deeper."""
+    saved.get("optimizer", saved)["state"].setdefault("common_step", torch.tensor(0.0))
 
 
 def _keep_own_step(optimizer: DistributedOptimizer) -> None:

@@ -20,8 +20,9 @@ from megatron_dapo.algo.loss import PolicyLossConfig, policy_loss
 from megatron_dapo.config.tree import KLPenalty
 from megatron_dapo.mcore.batch import HeadTerms
 
-LOGITS_BYTES = 64 * 2**20  # what the fp32 logits of one chunk may take
+LOGITS_BYTES = 64 * 2**20
 _ROWS = 4  # statistics a token
+_PADDING = -1e30  # the logit of a padded row: its exponential is 0, and a sum of such logits is still finite
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Vocabulary:
 
     size: int
     group: dist.ProcessGroup
+    logits_bytes: int = LOGITS_BYTES  # what the fp32 logits of one chunk may take on a rank
 
 
 # Sums over the tokens of a micro-batch; the order of the vector that `dapo_loss` returns.
@@ -91,7 +93,7 @@ def token_logp(
     logp = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     entropy = torch.empty_like(logp)
     with torch.no_grad():
-        for part in _chunks(len(hidden), weight.size(0)):
+        for part in _chunks(len(hidden), weight.size(0), vocabulary.logits_bytes):
             chunk = _Chunk(hidden[part], weight, targets[part], temperature, vocabulary)
             logp[part], entropy[part] = chunk.logp, chunk.entropy
     return logp, entropy
@@ -115,7 +117,7 @@ class _Chunk:
             logits /= temperature
         padding = max(0, first + rows - vocabulary.size)
         if padding:
-            logits[:, rows - min(padding, rows) :] = torch.finfo(logits.dtype).min
+            logits[:, rows - min(padding, rows) :] = _PADDING
         local = targets - first
         self.owned = (local >= 0) & (local < rows)
         self.column = local.clamp(0, rows - 1)
@@ -161,7 +163,7 @@ class _OnePass(torch.autograd.Function):
         logp = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(logp)
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=hidden.device)
-        for part in _chunks(len(hidden), weight.size(0)):
+        for part in _chunks(len(hidden), weight.size(0), vocabulary.logits_bytes):
             chunk = _Chunk(hidden[part], weight, targets[part], objective.temperature, vocabulary)
             logp[part], entropy[part] = chunk.logp, chunk.entropy
             d_logp, d_entropy = _token_loss(chunk, _slice(terms, part), objective, sums)
@@ -233,6 +235,6 @@ def _slice(terms: HeadTerms, part: slice) -> HeadTerms:
     )
 
 
-def _chunks(tokens: int, rows: int) -> list[slice]:
-    size = max(1, LOGITS_BYTES // (4 * rows))
+def _chunks(tokens: int, rows: int, logits_bytes: int) -> list[slice]:
+    size = max(1, logits_bytes // (4 * rows))
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]

@@ -25,17 +25,21 @@ def save_hf(
     source: str,
     path: Path,
     writes: bool,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write `tensors` (in the order of `shapes`) to `path`; the rest is copied from the checkpoint at `source`.
 
     Collective, because `tensors` is: every rank calls it and consumes all tensors; the one with `writes` writes.
+    Weights that lie at `path` already are removed first: other shards or an index would be read with the new ones.
     """
-    files = _assign(shapes, torch.empty(0, dtype=dtype).element_size())
+    files = _assign(shapes, dtype.itemsize, shard_bytes)
     if writes:
         path.mkdir(parents=True, exist_ok=True)
+        for old in path.glob("model*.safetensors*"):
+            old.unlink()
         _write_side_files(source, path, dtype)
         if len(set(files.values())) > 1:
-            total = sum(math.prod(dims) for dims in shapes.values()) * torch.empty(0, dtype=dtype).element_size()
+            total = sum(math.prod(dims) for dims in shapes.values()) * dtype.itemsize
             index = {"metadata": {"total_size": total}, "weight_map": files}
             (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     held: dict[str, torch.Tensor] = {}
@@ -51,12 +55,12 @@ def save_hf(
         save_file(held, path / current, _FORMAT)
 
 
-def _assign(shapes: dict[str, tuple[int, ...]], element_size: int) -> dict[str, str]:
-    """tensor name -> the file it goes to, in order, each of at most SHARD_BYTES unless one tensor is larger."""
+def _assign(shapes: dict[str, tuple[int, ...]], element_size: int, shard_bytes: int) -> dict[str, str]:
+    """tensor name -> the file it goes to, in order, each of at most `shard_bytes` unless one tensor is larger."""
     shard_of, number, filled = {}, 0, 0
     for name, dims in shapes.items():
         size = math.prod(dims) * element_size
-        if filled and filled + size > SHARD_BYTES:
+        if filled and filled + size > shard_bytes:
             number, filled = number + 1, 0
         shard_of[name] = number
         filled += size

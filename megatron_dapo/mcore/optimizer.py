@@ -64,7 +64,10 @@ def build_optimizer(
     )
     # Without overrides every parameter decays, as in the recipe; None is Megatron's default: norms and biases do not.
     overrides = {} if config.weight_decay_all else None
-    return cast(ChainedOptimizer, get_megatron_optimizer(settings, list(modules), config_overrides=overrides))
+    optimizer = cast(ChainedOptimizer, get_megatron_optimizer(settings, list(modules), config_overrides=overrides))
+    for group in optimizer.param_groups:  # Megatron leaves this to its own scheduler, which is not used here
+        group["weight_decay"] = config.weight_decay * group["wd_mult"]
+    return optimizer
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:

@@ -71,9 +71,11 @@ def read_shape(family: Family, hf_config: Any) -> ModelShape:
     """Read a transformers config (version 4 keeps rope_theta beside rope_scaling, version 5 in rope_parameters)."""
     rope = _rope(hf_config)
     heads = hf_config.num_attention_heads
-    sliding = getattr(hf_config, "use_sliding_window", False)
-    if sliding:
+    if getattr(hf_config, "use_sliding_window", False):
         raise ConfigError("use_sliding_window true is not supported; set it to false in the model's config.json")
+    for name in ("attention_bias", "mlp_bias"):
+        if getattr(hf_config, name, False):
+            raise ConfigError(f"{name} true is not supported: family {family.name} has no such biases here; wanted false")
     if hf_config.hidden_act != "silu":
         raise ConfigError(f"hidden_act {hf_config.hidden_act!r} is not supported; wanted 'silu'")
     return ModelShape(

@@ -201,3 +201,22 @@ def row(problem: str, answer: object = "1", **more: object) -> dict[str, object]
         "extra_info": {"index": f"id of {problem}"},
         **more,
     }
+
+
+def steps(source: DynamicSampler[str], count: int) -> list[StepGroups]:
+    return [source.collect(version) for version in range(count)]
+
+
+def draws(step: StepGroups) -> list[int]:
+    return [group.draw_index for group in step.groups]
+
+
+def assert_sums(stats: SamplingStats, n: int = N) -> None:
+    assert stats.prompts_drawn == stats.groups_generated
+    assert stats.groups_generated == stats.groups_accepted + stats.groups_uniform + stats.groups_short
+    assert (
+        stats.groups_carried_in + stats.groups_accepted
+        == stats.groups_used + stats.groups_carried_out + stats.groups_stale + stats.groups_discarded
+    )
+    failures = stats.samples_timeout + stats.samples_error + stats.samples_abort
+    assert stats.groups_generated * n == stats.samples_scored + failures

@@ -96,9 +96,9 @@ class Training:
 
 
 def start_training(
-    path: Path, optim: OptimConfig | None = None, distributed: bool = True, grad_clip: float = 1.0
+    path: Path, optim: OptimConfig | None = None, megatron: MegatronConfig | None = None, grad_clip: float = 1.0
 ) -> Training:
-    config = MegatronConfig(use_distributed_optimizer=distributed)
+    config = megatron or MegatronConfig()
     chunks, _ = load_model(path, config)
     modules = wrap_for_training(chunks, config)
     return Training(chunks, modules, build_optimizer(modules, optim or OptimConfig(), config, grad_clip))

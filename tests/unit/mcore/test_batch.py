@@ -1,0 +1,170 @@
+"""Sequences on their way to the ranks: nothing lost or doubled, targets one ahead, no more padding than it takes."""
+
+from __future__ import annotations
+
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_dapo.mcore.batch import RankBatch, rank_batch
+from megatron_dapo.types import MicroBatch, SequenceBatch, TokenTerms
+from tests.unit.mcore.helpers import ONE, rank_of
+
+
+def sequences_of(*lengths: tuple[int, int]) -> SequenceBatch:
+    """One sequence for each (prompt, response) length; token ids are 1, 2, 3, ... over the whole batch."""
+    prompts, responses = np.array(lengths, np.int64).T
+    return SequenceBatch(np.arange(1, (prompts + responses).sum() + 1), prompts + responses, prompts)
+
+
+def terms_of(batch: SequenceBatch, with_ref: bool = False) -> TokenTerms:
+    values_N = np.arange(int(batch.cu_responses[-1]), dtype=np.float32)
+    return TokenTerms(values_N + 100, values_N + 200, values_N + 300, values_N + 400 if with_ref else None)
+
+
+def on_cp_ranks(batch: MicroBatch | SequenceBatch, cp_size: int, tp_size: int, packed: bool, sp: bool):
+    layouts = [rank_of(cp_rank=rank, cp_size=cp_size, tp_size=tp_size) for rank in range(cp_size)]
+    return [rank_batch(batch, layout, packed, sp) for layout in layouts]
+
+
+lengths = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 9)), min_size=1, max_size=5)
+
+
+@given(lengths, st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 4]), st.booleans(), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_each_response_token_is_predicted_on_one_rank_from_the_token_before_it(
+    lengths: list[tuple[int, int]], cp_size: int, tp_size: int, packed: bool, sp: bool
+):
+    batch = sequences_of(*lengths)
+    responses = [batch.token_ids[e - r : e] for e, r in zip(batch.cu_seqlens[1:], batch.response_lengths, strict=True)]
+    response_N = np.concatenate(responses)
+    position_N = np.concatenate([np.arange(p, p + r) for p, r in lengths])  # of the token in its sequence
+    ranks = on_cp_ranks(batch, cp_size, tp_size, packed, sp)
+    source = np.concatenate([rank.head.source.numpy() for rank in ranks])
+    assert sorted(source) == list(range(len(response_N)))
+    for rank in ranks:
+        source, at = rank.head.source.numpy(), rank.head.positions
+        assert rank.head.num_tokens == len(response_N)
+        assert (rank.head.targets.numpy() == response_N[source]).all()
+        # Token ids count up, so the token before is the id before; hidden states lie [t, b].
+        assert (rank.model.token_ids.T.flatten()[at].numpy() == response_N[source] - 1).all()
+        assert (rank.model.position_ids.T.flatten()[at].numpy() == position_N[source] - 1).all()
+
+
+@given(lengths, st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 4]), st.booleans(), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_the_ranks_hold_every_token_and_no_more_padding_than_their_cuts_need(
+    lengths: list[tuple[int, int]], cp_size: int, tp_size: int, packed: bool, sp: bool
+):
+    batch = sequences_of(*lengths)
+    ranks = on_cp_ranks(batch, cp_size, tp_size, packed, sp)
+    tokens = torch.cat([rank.model.token_ids.flatten() for rank in ranks]).numpy()
+    assert sorted(tokens[tokens > 0]) == sorted(batch.token_ids)
+    shapes = {tuple(rank.model.token_ids.shape) for rank in ranks}
+    ((rows, columns),) = shapes  # the same on all ranks
+    assert columns % (tp_size if sp else 1) == 0
+    assert rows == (1 if packed else len(batch))
+    chunk = 2 * cp_size if cp_size > 1 else 1
+    whole = math.lcm(chunk, cp_size * (tp_size if sp else 1))
+    if packed:
+        needed = sum(-(-sum(length) // chunk) * chunk for length in lengths)
+        cu_seqlens = cu_seqlens_of(ranks[0])
+        assert (np.diff(cu_seqlens) >= batch.lengths).all()
+        assert (np.diff(cu_seqlens) % chunk == 0).all()
+        assert cu_seqlens[-1] == columns * cp_size
+    else:
+        needed = int(batch.lengths.max())
+    assert needed <= columns * cp_size < needed + whole
+
+
+def cu_seqlens_of(rank: RankBatch) -> list[int]:
+    packed = rank.model.packed
+    assert packed is not None
+    assert packed.cu_seqlens_q is packed.cu_seqlens_kv is packed.cu_seqlens_q_padded is packed.cu_seqlens_kv_padded
+    cu_seqlens = packed.cu_seqlens_q.tolist()
+    assert packed.max_seqlen_q == packed.max_seqlen_kv == max(np.diff(cu_seqlens))
+    return cu_seqlens
+
+
+def test_packed_sequences_lie_back_to_back():
+    found = rank_batch(sequences_of((2, 3), (1, 2)), ONE, packed=True, sp=False)
+    assert found.model.token_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]]
+    assert found.model.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2]]
+    assert cu_seqlens_of(found) == [0, 5, 8]
+    assert found.head.positions.tolist() == [1, 2, 3, 5, 6]
+    assert found.head.targets.tolist() == [3, 4, 5, 7, 8]
+    assert found.head.source.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_padded_sequences_have_a_row_each():
+    found = rank_batch(sequences_of((2, 3), (1, 2)), ONE, packed=False, sp=False)
+    assert found.model.token_ids.tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]]
+    assert found.model.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert found.model.packed is None
+    # Of the positions [t, b]: row 0 predicts at t = 1, 2, 3, row 1 at t = 0, 1.
+    assert found.head.positions.tolist() == [1, 2, 3, 4, 6]
+    assert found.head.source.tolist() == [3, 0, 4, 1, 2]
+    assert found.head.targets.tolist() == [7, 3, 8, 4, 5]
+
+
+def test_context_parallel_ranks_hold_a_chunk_from_either_end():
+    first, second = on_cp_ranks(sequences_of((2, 5), (1, 2)), cp_size=2, tp_size=1, packed=True, sp=False)
+    assert cu_seqlens_of(first) == [0, 8, 12]
+    assert first.model.token_ids.tolist() == [[1, 2, 7, 0, 8, 0]]
+    assert first.model.position_ids.tolist() == [[0, 1, 6, 7, 0, 3]]
+    assert second.model.token_ids.tolist() == [[3, 4, 5, 6, 9, 10]]
+    assert second.model.position_ids.tolist() == [[2, 3, 4, 5, 1, 2]]
+    assert (first.head.source.tolist(), second.head.source.tolist()) == ([0, 5], [1, 2, 3, 4, 6])
+
+
+@pytest.mark.parametrize(
+    ("cp_size", "tp_size", "sp", "packed", "columns"),
+    [
+        (1, 4, False, True, 12),  # 7 + 5 tokens
+        (1, 8, True, True, 16),
+        (2, 1, False, True, 8),  # 8 + 8
+        (2, 4, True, True, 8),
+        (2, 3, True, True, 12),  # 8 + 16: the whole is a multiple of 4 and of 2 x 3
+        (1, 4, False, False, 7),
+        (1, 4, True, False, 8),
+        (2, 2, True, False, 4),
+    ],
+)
+def test_the_length_on_a_rank(cp_size: int, tp_size: int, sp: bool, packed: bool, columns: int):
+    batch = sequences_of((3, 4), (2, 3))
+    for rank in on_cp_ranks(batch, cp_size, tp_size, packed, sp):
+        assert rank.model.token_ids.size(1) == columns
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("with_ref", [True, False])
+def test_each_token_keeps_its_own_terms(packed: bool, with_ref: bool):
+    batch = sequences_of((2, 7), (1, 1), (3, 4))
+    for rank in on_cp_ranks(MicroBatch(batch, terms_of(batch, with_ref)), 2, 1, packed, sp=False):
+        source, terms = rank.head.source, rank.head.terms
+        assert terms is not None
+        assert torch.equal(terms.weight, source + 100.0)
+        assert torch.equal(terms.advantage, source + 200.0)
+        assert torch.equal(terms.old_logp, source + 300.0)
+        assert (terms.ref_logp is not None) == with_ref
+        assert terms.ref_logp is None or torch.equal(terms.ref_logp, source + 400.0)
+
+
+def test_sequences_alone_have_no_terms():
+    assert rank_batch(sequences_of((1, 1)), ONE, packed=True, sp=False).head.terms is None
+
+
+def test_the_dtypes_are_what_the_model_takes():
+    batch = sequences_of((2, 2))
+    found = rank_batch(MicroBatch(batch, terms_of(batch, with_ref=True)), ONE, packed=True, sp=False)
+    indices = (found.model.token_ids, found.model.position_ids, found.head.positions, found.head.targets)
+    assert {tensor.dtype for tensor in indices} == {torch.int64}
+    assert found.model.packed is not None
+    assert found.model.packed.cu_seqlens_q.dtype == torch.int32
+    assert found.head.terms is not None
+    assert {tensor.dtype for tensor in vars(found.head.terms).values()} == {torch.float32}

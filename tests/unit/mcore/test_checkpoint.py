@@ -1,0 +1,94 @@
+"""After a load, training goes on as if it had never stopped, to the last bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_dapo.config.tree import MegatronConfig, OptimConfig
+from megatron_dapo.mcore import checkpoint
+from megatron_dapo.mcore.optimizer import apply_update, zero_gradients
+from megatron_dapo.mcore.parallel import RankLayout
+from tests.unit.mcore.helpers import Training, start_training
+
+OPTIM = OptimConfig(lr=0.01, weight_decay_all=False)  # two groups of parameters
+DISTRIBUTED, PLAIN = MegatronConfig(use_distributed_optimizer=True), MegatronConfig(use_distributed_optimizer=False)
+SETTINGS = {
+    "distributed": DISTRIBUTED,
+    "plain": PLAIN,
+    "distributed, bf16": replace(DISTRIBUTED, params_dtype="bfloat16"),
+    "plain, bf16": replace(PLAIN, params_dtype="bfloat16"),
+}
+
+
+@pytest.fixture(params=SETTINGS)
+def start(
+    layout: RankLayout, checkpoint_of: Callable[..., Path], request: pytest.FixtureRequest
+) -> Callable[[], Training]:
+    return lambda: start_training(checkpoint_of(), OPTIM, SETTINGS[request.param])
+
+
+def update(training: Training, number: int) -> None:
+    zero_gradients(training.modules, training.optimizer)
+    training.set_gradients(seed=number)
+    assert apply_update(training.optimizer, lr=0.01 / (1 + number), loss=0.0).applied
+
+
+def assert_same(found: Training, wanted: Training) -> None:
+    weights = wanted.weights()
+    assert [name for name, weight in found.weights().items() if not torch.equal(weight, weights[name])] == []
+    assert all(torch.equal(*pair) for pair in zip(found.moments(), wanted.moments(), strict=True))
+
+
+@pytest.mark.parametrize("updates", [0, 2])
+def test_the_updates_after_a_load_equal_those_of_a_run_that_went_on(
+    start: Callable[[], Training], tmp_path: Path, updates: int
+):
+    going_on = start()
+    for number in range(updates):
+        update(going_on, number)
+    checkpoint.save(going_on.chunks, going_on.optimizer, tmp_path)
+
+    resumed = start()
+    checkpoint.load(resumed.chunks, resumed.optimizer, tmp_path)
+    assert_same(resumed, going_on)
+    for number in (10, 11):
+        update(going_on, number)
+        update(resumed, number)
+        assert_same(resumed, going_on)
+
+
+def test_a_load_replaces_what_was_trained_before(start: Callable[[], Training], tmp_path: Path):
+    training = start()
+    update(training, 0)
+    checkpoint.save(training.chunks, training.optimizer, tmp_path)
+    weights, moments = training.weights(), training.moments()
+    update(training, 1)
+    checkpoint.load(training.chunks, training.optimizer, tmp_path)
+    assert all(torch.equal(weights[name], weight) for name, weight in training.weights().items())
+    assert all(torch.equal(*pair) for pair in zip(moments, training.moments(), strict=True))
+
+
+def test_every_parameter_counts_its_own_steps(start: Callable[[], Training], tmp_path: Path):
+    training = start()
+    update(training, 0)
+    checkpoint.save(training.chunks, training.optimizer, tmp_path)
+    checkpoint.load(training.chunks, training.optimizer, tmp_path)
+    (part,) = training.optimizer.chained_optimizers
+    steps = [state["step"] for state in part.optimizer.state.values()]
+    assert {step.item() for step in steps} == {1.0}
+    assert len({step.data_ptr() for step in steps}) == len(steps)
+
+
+def test_saving_changes_nothing(start: Callable[[], Training], tmp_path: Path):
+    saving, other = start(), start()
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        checkpoint.save(saving.chunks, saving.optimizer, tmp_path / str(number))
+        update(saving, number)
+        update(other, number)
+    assert_same(saving, other)
