@@ -19,7 +19,9 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -66,7 +68,7 @@ class Side:
     greedy_accuracy: str  # a pattern
 
     def run(self, folder: Path, words: Sequence[str], enough: float = 2.0) -> Run:
-        """Run with CONFIG.yaml and overrides `words` to the end, or until a greedy accuracy is `enough`."""
+        """Run with `words`, CONFIG.yaml and overrides, to the end, or until a greedy accuracy is `enough`."""
         folder.mkdir(parents=True)
         lines = folder / self.lines
         command = [*self.command(folder), *words]
@@ -120,11 +122,26 @@ class AccuracyCost:
     cpu_seconds: float | None
 
 
-def step_costs(folder: Path, config: str, repetitions: int, steps: int) -> list[StepCost]:
-    """The sides in turns, the first one changing, `repetitions` times; `steps` measured steps each time."""
-    settings = [
+def example_run(folder: Path) -> list[str]:
+    """The arithmetic example as CONFIG.yaml and overrides, its model and problems made in `folder`."""
+    inputs = folder / "inputs"
+    inputs.mkdir()
+    make = [sys.executable, f"{ROOT}/benchmarks/support/arithmetic_inputs.py", str(inputs)]
+    subprocess.run(make, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    return [
+        f"{ROOT}/examples/arithmetic/config.yaml",
+        f"actor_rollout_ref.model.path={inputs / 'base'}",
+        f"data.train_files=[{inputs / 'train.jsonl'}]",
+        f"data.val_files=[{inputs / 'test.jsonl'}]",
         *BATCH,
         *QUIET,
+    ]
+
+
+def step_costs(folder: Path, run: Sequence[str], repetitions: int, steps: int) -> list[StepCost]:
+    """The sides in turns, the first one changing, `repetitions` times; `steps` measured steps each time."""
+    settings = [
+        *run,
         "algorithm.filter_groups.enable=false",
         "actor_rollout_ref.actor.optim.lr=1e-7",
         "trainer.test_freq=-1",
@@ -134,7 +151,7 @@ def step_costs(folder: Path, config: str, repetitions: int, steps: int) -> list[
     runs: dict[str, list[Run]] = {side.name: [] for side in SIDES}
     for repetition in range(repetitions):
         for side in SIDES if repetition % 2 == 0 else reversed(SIDES):
-            words = [config, *settings, f"data.seed={repetition}"]
+            words = [*settings, f"data.seed={repetition}"]
             runs[side.name].append(side.run(folder / f"step-{repetition}-{side.name}", words))
     return [_step_cost(side, runs[side.name]) for side in SIDES]
 
@@ -152,23 +169,22 @@ def _step_cost(side: Side, runs: Sequence[Run]) -> StepCost:
     )
 
 
-def accuracy_cost(side: Side, folder: Path, config: str, enough: float, most_steps: int) -> AccuracyCost:
+def accuracy_cost(side: Side, folder: Path, run: Sequence[str], enough: float, most_steps: int) -> AccuracyCost:
     settings = [
-        *BATCH,
-        *QUIET,
+        *run,
         f"trainer.test_freq={EVALUATE_EVERY}",
         "trainer.val_before_train=false",
         "actor_rollout_ref.rollout.val_kwargs.do_sample=false",
         "actor_rollout_ref.rollout.val_kwargs.n=1",
         f"trainer.total_training_steps={most_steps}",
     ]
-    run = side.run(folder / f"accuracy-{side.name}", [config, *settings], enough)
-    accuracies = [side.accuracy(line) for line in run.lines]
+    done = side.run(folder / f"accuracy-{side.name}", settings, enough)
+    accuracies = [side.accuracy(line) for line in done.lines]
     reached = [step for step, value in enumerate(accuracies, 1) if value is not None and value >= enough]
     if not reached:
         return AccuracyCost(side.name, max(value for value in accuracies if value is not None), None, None)
     steps = reached[0]
-    plain = [s for s, value in zip(run.step_seconds(), accuracies[1:], strict=True) if value is None]
+    plain = [s for s, value in zip(done.step_seconds(), accuracies[1:], strict=True) if value is None]
     return AccuracyCost(side.name, accuracies[steps - 1] or 0.0, steps, steps * statistics.mean(plain))
 
 
@@ -200,13 +216,13 @@ def main() -> None:
     found: dict[str, list[StepCost] | list[AccuracyCost]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        run = example_run(folder)
         if arguments.only != "accuracy":
-            found["step"] = costs = step_costs(folder, arguments.config, arguments.repetitions, arguments.steps)
+            found["step"] = costs = step_costs(folder, run, arguments.repetitions, arguments.steps)
             console.print(step_table(costs))
         if arguments.only != "step":
             found["accuracy"] = reached = [
-                accuracy_cost(side, folder, arguments.config, arguments.accuracy, arguments.most_steps)
-                for side in SIDES
+                accuracy_cost(side, folder, run, arguments.accuracy, arguments.most_steps) for side in SIDES
             ]
             console.print(accuracy_table(reached, arguments.accuracy))
     if arguments.json:
@@ -218,7 +234,6 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the same numbers there")
     parser.add_argument("--only", choices=("step", "accuracy"), help="one of the two figures")
-    parser.add_argument("--config", required=True, help="configuration of the run whose model and prompts are used")
     parser.add_argument("--repetitions", type=int, default=3, help="runs of each side")
     parser.add_argument("--steps", type=int, default=12, help="measured steps of a run")
     parser.add_argument("--accuracy", type=float, default=0.8, help="greedy accuracy to reach")

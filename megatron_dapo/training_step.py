@@ -60,11 +60,12 @@ def prepare_step(
     sequences = SequenceBatch.from_groups(groups)
     with timers.phase("old_log_prob"):
         old_logp_N = policy.log_probs(sequences)
+    kl_in_reward = rules.kl_in_reward and not _filters_on_final_reward(rules.algorithm)
     ref_logp_N = None
-    if rules.needs_reference:
+    if kl_in_reward or rules.kl_in_loss:
         with timers.phase("ref_log_prob"):
             ref_logp_N = policy.reference_log_probs(sequences)
-    if rules.kl_in_reward and not _filters_on_final_reward(rules.algorithm):
+    if kl_in_reward:
         assert ref_logp_N is not None
         groups = with_kl_in_reward(groups, old_logp_N, ref_logp_N, rules.algorithm)
     samples = [(group.draw_index, sample) for group in groups for sample in group.samples]

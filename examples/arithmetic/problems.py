@@ -1,7 +1,7 @@
 """Sums of two two-digit numbers: the problems, their three disjoint sets, and the two ways the base model has learnt.
 
 Carefully: the sum of the ones and the sum of the tens first, then the answer, which is right. Hastily: an answer at
-once, near the truth and wrong. Which way the base model was shown how often depends on the first number, so that it
+once, with the carry wrong. Which way the base model was shown how often depends on the first number, so that it
 starts out careful on a third of the problems; reinforcement learning has to find out that care pays on all of them.
 """
 
@@ -14,7 +14,6 @@ from typing import Any
 TEST, TRAIN = 512, 2000  # problems; the rest, some 5,600, are for the warm-up
 CAREFUL_START = 40  # first numbers below it
 CAREFUL_SHARE, HASTY_CAREFUL_SHARE = 0.7, 0.25  # of careful answers shown, for first numbers below and above
-NEAR = (-11, -10, -2, -1, 1, 2, 10, 11)
 DATA_SOURCE = "arithmetic"
 
 
@@ -37,13 +36,16 @@ class Problem:
         ones = self.a % 10 + self.b % 10
         return f"{ones},{self.a // 10 + self.b // 10 + ones // 10}\nAnswer: {self.answer}"
 
-    def hasty(self, rng: random.Random) -> str:
-        return f"Answer: {self.answer + rng.choice(NEAR)}"
+    @property
+    def hasty(self) -> str:
+        """A carry forgotten, or one too many: wrong by ten."""
+        carries = self.a % 10 + self.b % 10 >= 10
+        return f"Answer: {self.answer - 10 if carries else self.answer + 10}"
 
     def demonstration(self, rng: random.Random) -> str:
         """A response to be imitated in the warm-up."""
         share = CAREFUL_SHARE if self.a < CAREFUL_START else HASTY_CAREFUL_SHARE
-        return self.careful if rng.random() < share else self.hasty(rng)
+        return self.careful if rng.random() < share else self.hasty
 
     def row(self, index: int) -> dict[str, Any]:
         """In the recipe's schema."""

@@ -9,7 +9,6 @@ Source: DAPO, arXiv 2503.14476, eq. 11 and algorithm 1; adaptive demand and carr
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Generic
 
@@ -79,8 +78,7 @@ class DynamicSampler(Generic[Task]):
     """Hands out accepted groups, a step's worth a call.
 
     `finalize` is for the metric "seq_final_reward" alone: it is given a generation batch's groups once they are all
-    closed and returns them with their final rewards. `after_batch` is called after every generation batch with the
-    step's counters so far; what it raises ends the step, which may otherwise go on for as long as no group passes.
+    closed and returns them with their final rewards.
 
     Raises:
         ValueError: `finalize` is missing where it is needed, or given where it is not; `min_valid` is over n.
@@ -92,7 +90,6 @@ class DynamicSampler(Generic[Task]):
         rollout: GroupRollout[Task],
         settings: SamplerSettings,
         finalize: Finalize | None = None,
-        after_batch: Callable[[SamplingStats], None] = lambda stats: None,
     ):
         rule = settings.filter
         if (rule.enable and rule.metric == "seq_final_reward") != (finalize is not None):
@@ -109,7 +106,6 @@ class DynamicSampler(Generic[Task]):
         self._rollout = rollout
         self._settings = settings
         self._finalize = finalize
-        self._after_batch = after_batch
         self._progress = _Progress()
 
     @property
@@ -121,7 +117,7 @@ class DynamicSampler(Generic[Task]):
         """The next step's groups, written by the policy of `weight_version` or carried from at most `max_staleness`
         versions before.
 
-        If engine, scorer, `after_batch` or Ctrl-C interrupts it, the sampler is as it was before the call; after
+        If engine, scorer or Ctrl-C interrupts it, the sampler is as it was before the call; after
         SamplingExhausted it holds the groups accepted, to be carried.
 
         Raises:
@@ -189,7 +185,6 @@ class DynamicSampler(Generic[Task]):
                 len(ready),
                 settings.train_batch_size,
             )
-            self._after_batch(stats)
         return ready, stats
 
     def _demand(self, missing: int, drawn: int) -> int:

@@ -68,7 +68,8 @@ class PolicyGroup:
         for rank, stats in self._group.start(PolicyWorker.update, shards):
             waiting.setdefault(rank, []).append(stats)
             if len(waiting) == self.dp_size and all(waiting.values()):
-                yield _merged([queue.pop(0) for queue in waiting.values()])
+                # In the order of ranks, not of arrival: sums of floats depend on it.
+                yield _merged([waiting[rank].pop(0) for rank in sorted(waiting)])
 
     def save(self, path: str) -> None:
         """Write model and optimizer into the folder `path`."""

@@ -44,8 +44,9 @@ class RolloutFleet:
         return self._pending
 
     def submit(self, requests: Sequence[Request]) -> None:
-        self._queue.append(tuple(requests))
-        self._pending += len(requests)
+        if requests:
+            self._queue.append(tuple(requests))
+            self._pending += len(requests)
 
     def poll(self) -> list[Completion]:
         self._checkpoint()

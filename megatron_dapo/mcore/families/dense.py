@@ -75,7 +75,9 @@ def read_shape(family: Family, hf_config: Any) -> ModelShape:
         raise ConfigError("use_sliding_window true is not supported; set it to false in the model's config.json")
     for name in ("attention_bias", "mlp_bias"):
         if getattr(hf_config, name, False):
-            raise ConfigError(f"{name} true is not supported: family {family.name} has no such biases here; wanted false")
+            raise ConfigError(
+                f"{name} true is not supported: family {family.name} has no such biases here; wanted false"
+            )
     if hf_config.hidden_act != "silu":
         raise ConfigError(f"hidden_act {hf_config.hidden_act!r} is not supported; wanted 'silu'")
     return ModelShape(

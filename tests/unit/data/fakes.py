@@ -144,7 +144,6 @@ def sampler(
     n: int = N,
     aborts: dict[Key, int] | None = None,
     finalize: Finalize | None = None,
-    after_batch: Callable[[SamplingStats], None] = lambda stats: None,
     **rule: object,
 ) -> DynamicSampler[str]:
     """A sampler over fakes; `rule` are settings of filter_groups, which is on."""
@@ -158,7 +157,6 @@ def sampler(
             mini_batch_size,
         ),
         finalize,
-        after_batch,
     )
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
-
 import pytest
 
 from megatron_dapo.data.dynamic_sampling import SamplingExhausted
-from megatron_dapo.data.sampling_stats import SamplingStats
 from megatron_dapo.types import RewardResult
-from tests.unit.data.fakes import N, assert_sums, draws, failed, graded, sampler, steps
+from tests.unit.data.fakes import assert_sums, draws, failed, graded, sampler, steps
 
 
 def test_a_pass_rate_of_zero_draws_full_generation_batches_up_to_the_budget() -> None:
@@ -119,19 +116,3 @@ def test_a_redraw_is_made_even_when_the_datasets_epochs_are_over() -> None:
     assert draws(step) == [*range(11), 12]
     assert sorted(group.prompt.index for group in step.groups) == list(range(12))
     assert not step.exhausted
-
-
-def test_a_check_after_each_generation_batch_can_end_a_step_that_would_never_end() -> None:
-    drawn: list[int] = []
-
-    def at_most_40(stats: SamplingStats) -> None:
-        drawn.append(stats.prompts_drawn)
-        if stats.samples_error > 40 * N:
-            raise RuntimeError("the reward is broken")
-
-    source = sampler(lambda key, text: failed("error"), after_batch=at_most_40)
-    before = pickle.dumps(source.state_dict())
-    with pytest.raises(RuntimeError, match="the reward is broken"):
-        source.collect(0)
-    assert drawn == [12, 24, 36, 48]
-    assert pickle.dumps(source.state_dict()) == before

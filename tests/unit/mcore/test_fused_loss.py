@@ -218,7 +218,10 @@ def test_the_gradient_is_scaled_by_what_comes_from_above():
         hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
         objective = Objective(PolicyLossConfig(LOW, HIGH, DUAL), 1.0)
         (loss,) = on_ranks(
-            1, lambda group: dapo_loss(hidden, weight, case.targets, case.terms, objective, Vocabulary(case.v, group)).loss
+            1,
+            lambda group: (
+                dapo_loss(hidden, weight, case.targets, case.terms, objective, Vocabulary(case.v, group)).loss
+            ),
         )
         return torch.autograd.grad(loss * scale, (hidden, weight))
 

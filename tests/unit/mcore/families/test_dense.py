@@ -114,6 +114,8 @@ def test_a_layout_that_can_split_the_model_is_accepted(layout: tuple[int, int, i
     SHAPE.check_splits(*layout)
 
 
-@pytest.mark.parametrize(("vocab", "tp_size", "padded"), [(11, 1, 11), (11, 2, 12), (11, 4, 12), (12, 4, 12), (1, 4, 4)])
+@pytest.mark.parametrize(
+    ("vocab", "tp_size", "padded"), [(11, 1, 11), (11, 2, 12), (11, 4, 12), (12, 4, 12), (1, 4, 4)]
+)
 def test_the_vocabulary_is_padded_to_the_next_multiple(vocab: int, tp_size: int, padded: int):
     assert replace(SHAPE, vocab_size=vocab).padded_vocab_size(tp_size) == padded

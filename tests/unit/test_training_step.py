@@ -1,0 +1,191 @@
+"""What a step computes before its updates, on a policy whose log-probs are written down."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+
+from megatron_dapo.algo.advantage import group_advantages
+from megatron_dapo.config.tree import (
+    ActorConfig,
+    AlgorithmConfig,
+    FilterGroupsConfig,
+    KLControlConfig,
+    RewardModelConfig,
+)
+from megatron_dapo.data.packing import Plan, plan_micro_batches
+from megatron_dapo.obs.timers import Timers
+from megatron_dapo.training_step import PreparedStep, StepRules, final_rewards, prepare_step, with_kl_in_reward
+from megatron_dapo.types import (
+    Completion,
+    FloatArray,
+    Group,
+    IntArray,
+    Prompt,
+    RewardResult,
+    Sample,
+    SequenceBatch,
+)
+
+VERSION = 5
+IN_REWARD = AlgorithmConfig(use_kl_in_reward=True, kl_ctrl=KLControlConfig(kl_coef=0.5), kl_penalty="kl")
+
+
+def group_of(draw: int, rewards: Sequence[float], lengths: Sequence[int], version: int = VERSION) -> Group:
+    """Responses of the given lengths; token t of sample s of a draw has the engine's log-prob -(draw + s/10 + t/100)."""
+    prompt = Prompt(draw, np.array([7, 8]), "", "", "")
+    samples = []
+    for index, (reward, length) in enumerate(zip(rewards, lengths, strict=True)):
+        logprobs = -(draw + index / 10 + np.arange(length) / 100).astype(np.float32)
+        completion = Completion(draw, index, np.arange(length) + 10 * draw, logprobs, "stop", version)
+        samples.append(Sample(completion, RewardResult("ok", reward, {"acc": reward}), 0.0, reward))
+    return Group(draw, prompt, tuple(samples), version)
+
+
+GROUPS = (group_of(1, [1, -1], [2, 3]), group_of(2, [-1, 1, 1], [1, 2, 1]), group_of(3, [1, -1], [1, 1]))
+
+
+def engine_logp(groups: Sequence[Group]) -> FloatArray:
+    return np.concatenate([s.completion.logprobs for g in groups for s in g.samples])
+
+
+@dataclass
+class WrittenPolicy:
+    """The engine's log-probs and something more, the reference's and something less; one data-parallel rank."""
+
+    groups: Sequence[Group]
+    over_engine: float | FloatArray = 0.0
+    over_reference: float | FloatArray = 0.0
+    calls: list[str] = field(default_factory=list)
+
+    def log_probs(self, sequences: SequenceBatch) -> FloatArray:
+        self.calls.append("policy")
+        assert (sequences.token_ids == SequenceBatch.from_groups(self.groups).token_ids).all()
+        return (engine_logp(self.groups) + self.over_engine).astype(np.float32)
+
+    def reference_log_probs(self, sequences: SequenceBatch) -> FloatArray:
+        self.calls.append("reference")
+        return (engine_logp(self.groups) + self.over_engine - self.over_reference).astype(np.float32)
+
+    def plan(self, lengths: IntArray) -> Plan:
+        return plan_micro_batches(lengths, 1, max_sequences=10)
+
+
+def rules_of(algorithm: AlgorithmConfig | None = None, **actor: object) -> StepRules:
+    return StepRules(ActorConfig(**actor), algorithm or AlgorithmConfig(), RewardModelConfig())
+
+
+def prepare(policy: WrittenPolicy, rules: StepRules) -> PreparedStep:
+    return prepare_step(policy.groups, VERSION, policy, rules, Timers())
+
+
+def rewards_of(groups: Sequence[Group]) -> list[float]:
+    return [sample.reward for group in groups for sample in group.samples]
+
+
+def test_the_kl_of_a_response_is_taken_off_its_reward():
+    """kl_coef 0.5, estimator k1: half the sum over a response's tokens of logp - reference."""
+    groups = [group_of(0, [1.0, 2.0], [2, 1]), group_of(1, [-1.0], [3])]
+    logp = np.array([-1, -2, -3, -4, -5, -6], np.float32)
+    ref = np.array([-2, -2, -5, -3, -5, -6.5], np.float32)
+    found = with_kl_in_reward(groups, logp, ref, IN_REWARD)
+    assert rewards_of(found) == [1.0 - 0.5 * (1 + 0), 2.0 - 0.5 * 2, -1.0 - 0.5 * (-1 + 0 + 0.5)]
+    assert rewards_of(groups) == [1.0, 2.0, -1.0]
+    assert [group.draw_index for group in found] == [0, 1]
+
+
+@pytest.mark.parametrize(("penalty", "cost"), [("abs", 0.5 * (2 + 1)), ("mse", 0.5 * (4 + 1) / 2)])
+def test_the_kl_in_the_reward_takes_any_estimator(penalty: str, cost: float):
+    (group,) = with_kl_in_reward(
+        [group_of(0, [1.0], [2])],
+        np.array([-1, -2], np.float32),
+        np.array([-3, -1], np.float32),
+        replace(IN_REWARD, kl_penalty=penalty),
+    )
+    assert group.samples[0].reward == 1.0 - cost
+
+
+def test_the_mismatch_with_the_engine_leaves_carried_responses_out():
+    """Draw 2 was written by the weights before, so its gap is what was learned since, not an error."""
+    groups = (GROUPS[0], group_of(2, [-1, 1, 1], [1, 2, 1], VERSION - 1), GROUPS[2])
+    gap = np.array([0.1] * 5 + [9.0] * 4 + [0.3, 0.2], np.float32)
+    found = prepare(WrittenPolicy(groups, gap), rules_of()).mismatch
+    assert found is not None
+    assert found.logp_diff_max == pytest.approx(0.3, rel=1e-5)
+    assert found.logp_diff_mean == pytest.approx((5 * 0.1 + 0.3 + 0.2) / 7, rel=1e-5)
+    assert found.ess_sequences > 0.9
+
+
+def test_there_is_no_mismatch_where_every_response_was_carried():
+    groups = [group_of(1, [1, -1], [2, 3], VERSION - 1)]
+    assert prepare(WrittenPolicy(groups), rules_of()).mismatch is None
+
+
+def test_mini_batches_are_whole_groups_in_accepted_order():
+    prepared = prepare(WrittenPolicy(GROUPS, over_engine=0.25), rules_of(ppo_mini_batch_size=2))
+    assert prepared.groups == GROUPS
+    advantages_S = group_advantages(rewards_of(GROUPS), [1, 1, 2, 2, 2, 3, 3])
+    for update, groups, first in zip(prepared.updates, (GROUPS[:2], GROUPS[2:]), (0, 5), strict=True):
+        ((micro_batch,),) = update.ranks
+        wanted = SequenceBatch.from_groups(groups)
+        assert (micro_batch.sequences.token_ids == wanted.token_ids).all()
+        advantages_N = np.repeat(advantages_S[first : first + len(wanted)], wanted.response_lengths)
+        np.testing.assert_allclose(micro_batch.terms.advantage, advantages_N, rtol=1e-6)
+        np.testing.assert_allclose(micro_batch.terms.old_logp, engine_logp(groups) + 0.25, rtol=1e-6)
+        np.testing.assert_allclose(micro_batch.terms.weight, 1 / len(advantages_N), rtol=1e-6)
+        assert micro_batch.terms.ref_logp is None
+
+
+def test_every_epoch_goes_over_the_same_mini_batches():
+    once = prepare(WrittenPolicy(GROUPS), rules_of(ppo_mini_batch_size=2)).updates
+    twice = prepare(WrittenPolicy(GROUPS), rules_of(ppo_mini_batch_size=2, ppo_epochs=2)).updates
+    assert len(once) == 2
+    assert len(twice) == 4
+    assert twice[0] is twice[2]
+    assert twice[1] is twice[3]
+
+
+def test_without_a_kl_term_there_is_no_pass_of_the_reference():
+    policy = WrittenPolicy(GROUPS, over_reference=1.0)
+    prepared = prepare(policy, rules_of(use_kl_loss=True, kl_loss_coef=0.0))
+    assert policy.calls == ["policy"]
+    assert prepared.groups == GROUPS
+
+
+def test_a_kl_in_the_loss_goes_to_the_loss_alone():
+    policy = WrittenPolicy(GROUPS, over_reference=1.0)
+    prepared = prepare(policy, rules_of(use_kl_loss=True, kl_loss_coef=0.1, ppo_mini_batch_size=2))
+    assert prepared.groups == GROUPS
+    found = [update.ranks[0][0].terms.ref_logp for update in prepared.updates]
+    np.testing.assert_allclose(np.concatenate(found), engine_logp(GROUPS) - 1.0, rtol=1e-6)
+
+
+def test_a_kl_in_the_reward_changes_rewards_and_advantages_alone():
+    """One nat a token over the reference at coefficient 0.5: the longer response of a group loses more."""
+    prepared = prepare(WrittenPolicy(GROUPS, over_reference=1.0), rules_of(IN_REWARD))
+    wanted = [1 - 1.0, -1 - 1.5, -1 - 0.5, 1 - 1.0, 1 - 0.5, 1 - 0.5, -1 - 0.5]
+    assert rewards_of(prepared.groups) == pytest.approx(wanted, abs=1e-5)
+    ((micro_batch,),) = prepared.updates[0].ranks
+    advantages_S = group_advantages(wanted, [1, 1, 2, 2, 2, 3, 3])
+    lengths = SequenceBatch.from_groups(GROUPS).response_lengths
+    np.testing.assert_allclose(micro_batch.terms.advantage, np.repeat(advantages_S, lengths), atol=1e-5)
+    assert micro_batch.terms.ref_logp is None
+
+
+def test_rewards_that_the_sampler_made_final_get_no_second_kl():
+    algorithm = replace(IN_REWARD, filter_groups=FilterGroupsConfig(enable=True, metric="seq_final_reward"))
+    policy = WrittenPolicy(GROUPS, over_reference=1.0)
+    final = final_rewards(GROUPS, policy, algorithm)
+    assert rewards_of(final)[0] == pytest.approx(0.0, abs=1e-5)
+    again = WrittenPolicy(final, over_reference=1.0)
+    assert prepare(again, rules_of(algorithm)).groups == tuple(final)
+    assert again.calls == ["policy"]
+
+
+def test_the_time_of_each_pass_is_its_own_phase():
+    timers = Timers()
+    prepare_step(GROUPS, VERSION, WrittenPolicy(GROUPS), rules_of(IN_REWARD), timers)
+    assert {"seconds/old_log_prob", "seconds/ref_log_prob"} <= timers.flush().keys()
