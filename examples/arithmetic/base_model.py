@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,8 +63,8 @@ def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen2ForCausal
             max_position_embeddings=128,
             initializer_range=0.05,
             tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=SPECIAL.index("<pad>"),
+            eos_token_id=SPECIAL.index("<eos>"),
             bos_token_id=None,
         )
     )
@@ -100,7 +101,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path)
 def greedy_accuracy(path: Path, problems: Sequence[Problem]) -> float:
     """Share of right answers of the checkpoint at `path`, loaded and decoded by transformers."""
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     texts = [_prompt(tokenizer, problem) for problem in problems]
     inputs = tokenizer(texts, return_tensors="pt", padding=True)
     with torch.inference_mode():

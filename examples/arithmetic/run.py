@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import torch
-from base_model import build_model, build_tokenizer, greedy_accuracy, save, warm_up
 from base_model import WARMUP_STEPS as STEPS
+from base_model import build_model, build_tokenizer, greedy_accuracy, save, warm_up
 from problems import Problem, Split, split
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn

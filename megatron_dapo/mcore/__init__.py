@@ -15,3 +15,4 @@ warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that 
 warnings.filterwarnings("ignore", message="When using async grad allreduce", category=UserWarning)
 for _module in ("torch.distributed", "megatron.core"):
     warnings.filterwarnings("ignore", category=FutureWarning, module=_module)
+logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)

@@ -56,7 +56,11 @@ def initialize(config: MegatronConfig, seed: int, timeout: timedelta = timedelta
 
 
 def shutdown() -> None:
-    """Undo `initialize`, so that this process can start another run. Collective."""
+    """Undo `initialize`. Collective.
+
+    A process that is alone can then start another run. Under torchrun it cannot: the store that it shares with the
+    others still names the ranks of the first.
+    """
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 
@@ -69,7 +73,8 @@ def check_divides(config: MegatronConfig, world_size: int) -> None:
     )
     model = tp * pp * cp
     if world_size % model:
-        fits = " or ".join(str(n) for n in {max(model, world_size // model * model), (world_size // model + 1) * model})
+        below, above = world_size // model * model, (world_size // model + 1) * model
+        fits = f"{below} or {above}" if below else str(above)
         raise ConfigError(
             f"world size {world_size} is not divisible by tensor {tp} x pipeline {pp} x context {cp} = {model}; "
             f"start {fits} processes, or change actor_rollout_ref.actor.megatron"

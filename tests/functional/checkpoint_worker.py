@@ -20,16 +20,19 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from megatron_dapo.algo.loss import PolicyLossConfig
 from megatron_dapo.config.tree import MegatronConfig, OptimConfig
 from megatron_dapo.mcore.fused_loss import Objective
-from megatron_dapo.mcore.parallel import shutdown
 from megatron_dapo.types import MicroBatch
 from megatron_dapo.workers.policy import PolicySettings, PolicyWorker, UpdateShard, UpdateStats
 from tests.functional.tiny_models import make_rollouts, token_terms
+
+from megatron.core import parallel_state  # isort: skip  (megatron_dapo.mcore makes it importable without CUDA)
 
 
 def main(jobs_file: str) -> None:
     torch.set_num_threads(1)
     for job in json.loads(Path(jobs_file).read_text()):
         run(job)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def run(job: dict[str, Any]) -> None:
@@ -48,8 +51,7 @@ def run(job: dict[str, Any]) -> None:
     after = dict(worker.export())
     if dist.get_rank() == 0:
         torch.save({"before": before, "after": after, "norm": stats.grad_norm}, job["out"])
-    dist.barrier()
-    shutdown()
+    parallel_state.destroy_model_parallel()
 
 
 def settings_of(job: dict[str, Any]) -> PolicySettings:

@@ -1,4 +1,4 @@
-"""The independent answer: transformers' model, full logits, the loss written out, plain autograd. One sequence at a time."""
+"""The independent answer: transformers, full logits, the loss written out, plain autograd, one sequence at a time."""
 
 from __future__ import annotations
 

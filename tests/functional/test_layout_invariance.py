@@ -1,4 +1,4 @@
-"""No layout changes the loss, a log-prob, a gradient or a step: all equal transformers + plain PyTorch on one process."""
+"""No layout changes loss, log-probs, gradients or a step: all equal transformers + plain PyTorch on one process."""
 
 from __future__ import annotations
 

@@ -80,7 +80,8 @@ def test_no_uniform_group_is_trained_on(reference: Path) -> None:
     groups: dict[tuple[int, int], set[bool]] = {}
     for sample in samples:
         groups.setdefault((sample["step"], sample["draw_index"]), set()).add(bool(sample["accuracy"]))
-    assert groups and all(len(outcomes) == 2 for outcomes in groups.values())
+    assert groups
+    assert all(len(outcomes) == 2 for outcomes in groups.values())
 
 
 def test_with_learning_rate_0_the_ratio_is_1_and_nothing_is_clipped(config: Path, tmp_path: Path) -> None:
@@ -147,7 +148,8 @@ def test_a_reward_that_always_fails_ends_the_run_by_name_with_its_state_saved(
     broken.write_text("def compute_score(**kwargs):\n    raise RuntimeError('no such verifier')\n")
     assert train(config, tmp_path / "out", f"custom_reward_function.path={broken}", "data.val_files=[]") == 1
     said = capsys.readouterr().err
-    assert "RewardFailureRateError" in said and "no such verifier" in said
+    assert "RewardFailureRateError" in said
+    assert "no such verifier" in said
     assert (tmp_path / "out" / "checkpoints" / "latest").exists()
 
 

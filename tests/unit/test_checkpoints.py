@@ -128,7 +128,7 @@ def another_format(path: Path) -> None:
     (path / "trainer.json").write_text(json.dumps({"format": 99, "state": {}}))
 
 
-def cut(name: str) -> Callable[[Path], None]:
+def cut(name: str) -> Callable[[Path], object]:
     return lambda path: (path / name).write_bytes((path / name).read_bytes()[:20])
 
 
@@ -143,7 +143,9 @@ def cut(name: str) -> Callable[[Path], None]:
     ],
     ids=["no state", "no arrays", "format", "cut state", "cut arrays"],
 )
-def test_a_checkpoint_that_cannot_be_read_is_named(store: CheckpointStore, damage: Callable[[Path], None], named: str):
+def test_a_checkpoint_that_cannot_be_read_is_named(
+    store: CheckpointStore, damage: Callable[[Path], object], named: str
+):
     path = store.save(7, STATE, write_model)
     damage(path)
     with pytest.raises(ValueError) as caught:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 
 from megatron_dapo.algo.loss import PolicyLossConfig
 from megatron_dapo.config.tree import KLPenalty
@@ -151,7 +152,7 @@ def one_pass(case: Case) -> Found:
 
 def on_ranks(size: int, function: Callable[[dist.ProcessGroup], T]) -> list[T]:
     """`function` on each rank of a real group whose ranks are threads of this process."""
-    store = dist.HashStore()
+    store = HashStore()
 
     def run(rank: int) -> T:
         group = dist.ProcessGroup(store, rank, size)

@@ -16,7 +16,7 @@ from megatron_dapo.mcore.schedule import TokenStats
 from megatron_dapo.runtime.host import WorkerHost
 from megatron_dapo.runtime.spmd import SpmdControl
 from megatron_dapo.types import MicroBatch, SequenceBatch
-from megatron_dapo.workers.policy import PolicyWorker, UpdateShard, UpdateStats
+from megatron_dapo.workers.policy import UpdateShard, UpdateStats
 from megatron_dapo.workers.policy_group import MicroBatchLimits, PassLimits, PolicyGroup
 from tests.functional import oracle
 from tests.functional.tiny_models import make_rollouts
