@@ -1,6 +1,7 @@
 """CPU-seconds of a training step here and in TRL's GRPOTrainer(loss_type="dapo"), and to a greedy accuracy.
 
     python benchmarks/step_vs_trl.py --json step_vs_trl.json
+    python benchmarks/step_vs_trl.py --inputs runs/arithmetic      # what `make train` left there
 
 Both sides train the arithmetic example's model on its prompts: the same batch, lengths, sampling, reward, optimizer
 and number of updates a rollout, one thread each, every run in a process of its own, in turns. CPU time is read from
@@ -71,13 +72,15 @@ class Side:
         """Run with `words`, CONFIG.yaml and overrides, to the end, or until a greedy accuracy is `enough`."""
         folder.mkdir(parents=True)
         lines = folder / self.lines
-        command = [*self.command(folder), *words]
         readings = cpu_at_lines(
-            command,
+            [*self.command(folder), *words],
             lines,
             ENVIRONMENT,
             folder / "output.log",
             lambda line: (self.accuracy(json.loads(line)) or 0.0) >= enough,
+        )
+        print(
+            f"{folder.name}: {len(readings)} steps, {readings[-1]:.0f} CPU-s with set-up", file=sys.stderr, flush=True
         )
         return Run([json.loads(line) for line in lines.read_text().splitlines()[: len(readings)]], readings)
 
@@ -122,12 +125,17 @@ class AccuracyCost:
     cpu_seconds: float | None
 
 
-def example_run(folder: Path) -> list[str]:
-    """The arithmetic example as CONFIG.yaml and overrides, its model and problems made in `folder`."""
-    inputs = folder / "inputs"
-    inputs.mkdir()
-    make = [sys.executable, f"{ROOT}/benchmarks/support/arithmetic_inputs.py", str(inputs)]
-    subprocess.run(make, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+def make_inputs(folder: Path) -> Path:
+    """The example's base model and problems, made in `folder`: some minutes."""
+    folder.mkdir()
+    print("warming up the example's base model", file=sys.stderr)
+    make = [sys.executable, f"{ROOT}/benchmarks/support/arithmetic_inputs.py", str(folder)]
+    subprocess.run(make, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    return folder
+
+
+def example_run(inputs: Path) -> list[str]:
+    """CONFIG.yaml and overrides of the arithmetic example with the model and problems in `inputs`."""
     return [
         f"{ROOT}/examples/arithmetic/config.yaml",
         f"actor_rollout_ref.model.path={inputs / 'base'}",
@@ -216,7 +224,7 @@ def main() -> None:
     found: dict[str, list[StepCost] | list[AccuracyCost]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        run = example_run(folder)
+        run = example_run(arguments.inputs or make_inputs(folder / "inputs"))
         if arguments.only != "accuracy":
             found["step"] = costs = step_costs(folder, run, arguments.repetitions, arguments.steps)
             console.print(step_table(costs))
@@ -233,6 +241,9 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the same numbers there")
+    parser.add_argument(
+        "--inputs", type=Path, metavar="FOLDER", help="with base/, train.jsonl, test.jsonl; made anew where not given"
+    )
     parser.add_argument("--only", choices=("step", "accuracy"), help="one of the two figures")
     parser.add_argument("--repetitions", type=int, default=3, help="runs of each side")
     parser.add_argument("--steps", type=int, default=12, help="measured steps of a run")

@@ -1,4 +1,4 @@
-"""Ctrl-C that loses nothing: the first one is noted and acted on where the state is whole, the second one at once."""
+"""Ctrl-C and SIGTERM that lose nothing: noted, and acted on where the state is whole. A second Ctrl-C acts at once."""
 
 from __future__ import annotations
 
@@ -7,28 +7,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+TERMINATED = 128 + signal.SIGTERM
+
 
 class Interrupts:
-    """Whether the user wants to stop."""
+    """Whether somebody wants the run to stop."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested: int | None = None  # the first signal's number
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Take SIGINT over while inside. Main thread only."""
-        before = signal.signal(signal.SIGINT, self._note)
+        """Take SIGINT and SIGTERM over while inside. Main thread only."""
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt if a stop was asked for: call it where nothing is half done."""
-        if self.requested:
+        """If a stop was asked for, raise KeyboardInterrupt, or SystemExit(143) for SIGTERM.
+
+        Call it where nothing is half done.
+        """
+        if self.requested == signal.SIGINT:
             raise KeyboardInterrupt
+        if self.requested == signal.SIGTERM:
+            raise SystemExit(TERMINATED)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if number == self.requested == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        # torchrun answers Ctrl-C with a SIGTERM to every rank: the first signal says what was meant.
+        self.requested = self.requested or number

@@ -80,9 +80,9 @@ class Trainer:
         """Train to the end, or until the data or the user ends it.
 
         Raises:
-            KeyboardInterrupt: asked for by the user.
-            TrainingDivergedError, SamplingExhausted, RewardFailureRateError: see there. In all four cases the state
-                is saved first.
+            KeyboardInterrupt, SystemExit: asked for by Ctrl-C or SIGTERM.
+            TrainingDivergedError, SamplingExhausted, RewardFailureRateError: see there. The state is saved
+                first, in all these cases.
         """
         try:
             self.sync.push(self.progress.weight_version)
@@ -90,7 +90,7 @@ class Trainer:
                 self.loggers.log(0, self._evaluate() | self.timers.flush())
             while self.progress.step < self.total_steps and self._step():
                 self.interrupts.check()
-        except (KeyboardInterrupt, TrainingDivergedError, SamplingExhausted, RewardFailureRateError):
+        except (KeyboardInterrupt, SystemExit, TrainingDivergedError, SamplingExhausted, RewardFailureRateError):
             self.save()
             raise
         self.save()

@@ -20,8 +20,6 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from megatron.core import parallel_state
-from megatron.core.distributed import finalize_model_grads as finalize
 
 from megatron_dapo.algo.loss import PolicyLossConfig
 from megatron_dapo.config.tree import MegatronConfig, OptimConfig
@@ -33,6 +31,11 @@ from megatron_dapo.mcore.schedule import PassResult, forward_backward, log_probs
 from megatron_dapo.mcore.weights import local_parameters
 from megatron_dapo.types import MicroBatch, SequenceBatch, TokenTerms
 from megatron_dapo.workers.policy import PolicySettings, PolicyWorker, UpdateShard
+
+# isort: split
+# Megatron needs the CPU device that importing megatron_dapo.mcore installs.
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads as finalize
 
 STEP = {"lr": 1.0, "eps": 1.0, "clip": 0.5}  # Adam with a large epsilon: the step stays in proportion to the gradient
 

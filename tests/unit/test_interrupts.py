@@ -44,3 +44,22 @@ def test_the_handler_that_was_there_is_put_back_also_after_an_error():
         assert signal.getsignal(signal.SIGINT) != before
         raise RuntimeError
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_sigterm_is_noted_and_ends_with_its_own_exit_code():
+    interrupts = Interrupts()
+    with interrupts.watched():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(SystemExit) as ending:
+            interrupts.check()
+    assert ending.value.code == 143
+
+
+def test_a_sigterm_behind_ctrl_c_changes_nothing():
+    interrupts = Interrupts()
+    with interrupts.watched():
+        ctrl_c()
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
