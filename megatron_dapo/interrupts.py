@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 TERMINATED = 128 + signal.SIGTERM
+SAME_PRESS = 1.0  # seconds: torchrun passes a Ctrl-C on to ranks that the terminal has sent it to already
 
 
 class Interrupts:
     """Whether somebody wants the run to stop."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.requested: int | None = None  # the first signal's number
+        self._clock, self._since = clock, 0.0
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -37,7 +40,7 @@ class Interrupts:
             raise SystemExit(TERMINATED)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == self.requested == signal.SIGINT:
+        if self.requested is None:
+            self.requested, self._since = number, self._clock()
+        elif number == self.requested == signal.SIGINT and self._clock() - self._since > SAME_PRESS:
             raise KeyboardInterrupt
-        # torchrun answers Ctrl-C with a SIGTERM to every rank: the first signal says what was meant.
-        self.requested = self.requested or number

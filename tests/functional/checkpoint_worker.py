@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from megatron_dapo.algo.loss import PolicyLossConfig
 from megatron_dapo.config.tree import MegatronConfig, OptimConfig
 from megatron_dapo.mcore.fused_loss import Objective
+from megatron_dapo.mcore.weights import load_hf, local_parameters
 from megatron_dapo.types import MicroBatch
 from megatron_dapo.workers.policy import PolicySettings, PolicyWorker, UpdateShard, UpdateStats
 from tests.functional.tiny_models import make_rollouts, token_terms
@@ -37,6 +38,9 @@ def main(jobs_file: str) -> None:
 
 def run(job: dict[str, Any]) -> None:
     worker = PolicyWorker(settings_of(job))
+    for _, param in local_parameters(worker.chunks):
+        param.data.fill_(torch.nan)
+    load_hf(worker.chunks, worker.shape, job["model"])  # sets every element, those of the vocabulary's padding too
     if "load" in job:
         worker.load(job["load"])
     for number in range(job.get("updates", 0)):

@@ -29,12 +29,21 @@ def test_the_first_ctrl_c_is_noted_and_raised_at_the_next_check():
             interrupts.check()
 
 
-def test_the_second_ctrl_c_is_raised_at_once():
-    interrupts = Interrupts()
+def test_a_second_ctrl_c_is_raised_at_once():
+    seconds = iter([0.0, 5.0])
+    interrupts = Interrupts(clock=lambda: next(seconds))
     with interrupts.watched():
         ctrl_c()
         with pytest.raises(KeyboardInterrupt):
             ctrl_c()
+
+
+def test_a_ctrl_c_that_arrives_twice_is_one():
+    seconds = iter([0.0, 0.2])
+    interrupts = Interrupts(clock=lambda: next(seconds))
+    with interrupts.watched():
+        ctrl_c()
+        ctrl_c()
 
 
 def test_the_handler_that_was_there_is_put_back_also_after_an_error():

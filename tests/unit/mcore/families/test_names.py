@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_dapo.mcore.families import FAMILIES, ModelShape
@@ -40,6 +40,7 @@ def splits(draw: st.DrawFn) -> tuple[ModelShape, int]:
 
 
 @given(splits(), st.booleans())
+@example((replace(SHAPE, vocab_size=5), 4), False)  # the last rank's rows are all padding
 @settings(max_examples=60, deadline=None)
 def test_every_element_of_the_checkpoint_and_of_every_shard_is_in_exactly_one_piece(
     split: tuple[ModelShape, int], fused_norms: bool
