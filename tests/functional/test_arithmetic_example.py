@@ -1,4 +1,4 @@
-"""The example as a user runs it: three seeds learn, the controls do not. Some minutes a run, so `make test-all` only."""
+"""The example as a user runs it: three seeds learn, the controls do not. Minutes a run: for `make test-all`."""
 
 from __future__ import annotations
 

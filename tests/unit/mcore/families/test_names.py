@@ -98,9 +98,10 @@ def test_query_key_and_value_rows_lie_group_by_group():
         ("k_proj.weight", slice(3, 6), slice(18, 21)),
         ("v_proj.weight", slice(3, 6), slice(21, 24)),
     ]
-    second = qkv_pieces(Shard(shape, 1, 2))
-    assert [p.hf_rows for p in second] == [slice(6, 12), slice(3, 6), slice(3, 6)]
-    assert [p.local_rows for p in second] == [slice(0, 6), slice(6, 9), slice(9, 12)]
+    wider = qkv_pieces(Shard(replace(shape, num_heads=8, num_kv_heads=4), 1, 2))
+    q, k = [p.hf_rows for p in wider[::3]], [p.hf_rows for p in wider[1::3]]
+    assert (q, k) == ([slice(12, 18), slice(18, 24)], [slice(6, 9), slice(9, 12)])
+    assert [p.local_rows for p in wider[:3]] == [slice(0, 6), slice(6, 9), slice(9, 12)]
 
 
 def qkv_pieces(shard: Shard) -> list[Piece]:
