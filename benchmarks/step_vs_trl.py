@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import statistics
@@ -35,7 +36,7 @@ from support.cpu_meter import cpu_at_lines
 
 ROOT = Path(__file__).parents[1]
 WARM_UP = 3  # steps
-EVALUATE_EVERY = 5  # steps
+EVALUATE_EVERY = 2  # steps
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -77,12 +78,16 @@ class Side:
             lines,
             ENVIRONMENT,
             folder / "output.log",
-            lambda line: (self.accuracy(json.loads(line)) or 0.0) >= enough,
+            lambda line: self._is_enough(json.loads(line), enough),
         )
         print(
             f"{folder.name}: {len(readings)} steps, {readings[-1]:.0f} CPU-s with set-up", file=sys.stderr, flush=True
         )
         return Run([json.loads(line) for line in lines.read_text().splitlines()[: len(readings)]], readings)
+
+    def _is_enough(self, line: dict[str, float], enough: float) -> bool:
+        """Not at the first evaluation: before it, no step but the first is without one, and that has the set-up."""
+        return line["step"] > EVALUATE_EVERY and (self.accuracy(line) or 0.0) >= enough
 
     def accuracy(self, line: dict[str, float]) -> float | None:
         """The greedy accuracy, where the step ended with an evaluation."""
@@ -119,10 +124,14 @@ class StepCost:
 
 @dataclass(frozen=True)
 class AccuracyCost:
+    """Medians over the repetitions; None where half of them or more did not get there."""
+
     side: str
-    accuracy: float  # the first that was enough, or the best there was
-    steps: int | None  # to it; None where it was not reached
+    steps: float | None
     cpu_seconds: float | None
+    lowest: float | None  # CPU seconds of the repetitions
+    highest: float | None  # None also where one did not get there
+    best: float  # the highest accuracy seen
 
 
 def make_inputs(folder: Path) -> Path:
@@ -177,7 +186,10 @@ def _step_cost(side: Side, runs: Sequence[Run]) -> StepCost:
     )
 
 
-def accuracy_cost(side: Side, folder: Path, run: Sequence[str], enough: float, most_steps: int) -> AccuracyCost:
+def accuracy_costs(
+    folder: Path, run: Sequence[str], repetitions: int, enough: float, most_steps: int
+) -> list[AccuracyCost]:
+    """The sides in turns, `repetitions` times, each until a greedy accuracy of `enough` or for `most_steps`."""
     settings = [
         *run,
         f"trainer.test_freq={EVALUATE_EVERY}",
@@ -186,14 +198,25 @@ def accuracy_cost(side: Side, folder: Path, run: Sequence[str], enough: float, m
         "actor_rollout_ref.rollout.val_kwargs.n=1",
         f"trainer.total_training_steps={most_steps}",
     ]
-    done = side.run(folder / f"accuracy-{side.name}", settings, enough)
-    accuracies = [side.accuracy(line) for line in done.lines]
-    reached = [step for step, value in enumerate(accuracies, 1) if value is not None and value >= enough]
-    if not reached:
-        return AccuracyCost(side.name, max(value for value in accuracies if value is not None), None, None)
-    steps = reached[0]
-    plain = [s for s, value in zip(done.step_seconds(), accuracies[1:], strict=True) if value is None]
-    return AccuracyCost(side.name, accuracies[steps - 1] or 0.0, steps, steps * statistics.mean(plain))
+    runs: dict[str, list[Run]] = {side.name: [] for side in SIDES}
+    for repetition in range(repetitions):
+        for side in SIDES if repetition % 2 == 0 else reversed(SIDES):
+            words = [*settings, f"data.seed={repetition}"]
+            runs[side.name].append(side.run(folder / f"accuracy-{repetition}-{side.name}", words, enough))
+    return [_accuracy_cost(side, runs[side.name], enough) for side in SIDES]
+
+
+def _accuracy_cost(side: Side, runs: Sequence[Run], enough: float) -> AccuracyCost:
+    steps, seconds, best = [], [], 0.0
+    for run in runs:
+        accuracies = [side.accuracy(line) for line in run.lines]
+        best = max([best, *(value for value in accuracies if value is not None)])
+        reached = next((step for step, value in enumerate(accuracies, 1) if value and value >= enough), math.inf)
+        plain = [s for s, value in zip(run.step_seconds(), accuracies[1:], strict=True) if value is None]
+        steps.append(reached)
+        seconds.append(reached * statistics.mean(plain))
+    numbers = (statistics.median(steps), statistics.median(seconds), min(seconds), max(seconds))
+    return AccuracyCost(side.name, *(value if value < math.inf else None for value in numbers), best)
 
 
 def step_table(costs: Sequence[StepCost]) -> Table:
@@ -210,11 +233,12 @@ def step_table(costs: Sequence[StepCost]) -> Table:
 
 def accuracy_table(costs: Sequence[AccuracyCost], enough: float) -> Table:
     table = Table(title=f"to a greedy accuracy of {enough:.0%}", title_justify="left")
-    for name in ("side", "accuracy", "steps", "CPU-s"):
+    for name in ("side", "steps", "CPU-s", "lowest", "highest", "best accuracy"):
         table.add_column(name, justify="left" if name == "side" else "right", no_wrap=True)
     for cost in costs:
-        reached = (str(cost.steps), f"{cost.cpu_seconds:.1f}") if cost.steps else ("not reached", "–")
-        table.add_row(cost.side, f"{cost.accuracy:.1%}", *reached)
+        numbers = (cost.steps, cost.cpu_seconds, cost.lowest, cost.highest)
+        shown = ("not reached" if value is None else f"{value:.1f}" for value in numbers)
+        table.add_row(cost.side, *shown, f"{cost.best:.1%}")
     return table
 
 
@@ -229,9 +253,9 @@ def main() -> None:
             found["step"] = costs = step_costs(folder, run, arguments.repetitions, arguments.steps)
             console.print(step_table(costs))
         if arguments.only != "step":
-            found["accuracy"] = reached = [
-                accuracy_cost(side, folder, run, arguments.accuracy, arguments.most_steps) for side in SIDES
-            ]
+            found["accuracy"] = reached = accuracy_costs(
+                folder, run, arguments.repetitions, arguments.accuracy, arguments.most_steps
+            )
             console.print(accuracy_table(reached, arguments.accuracy))
     if arguments.json:
         numbers = {figure: [asdict(cost) for cost in costs] for figure, costs in found.items()}

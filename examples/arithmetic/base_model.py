@@ -32,7 +32,7 @@ BYTE_LEVEL = {" ": "Ġ", "\n": "Ċ"}  # how Qwen2's tokenizer writes these bytes
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
 MAX_RESPONSE = 32  # tokens, as in config.yaml
 
-WARMUP_STEPS, BATCH, PEAK_LR = 400, 128, 2e-3
+WARMUP_STEPS, BATCH, PEAK_LR = 300, 128, 2e-3
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
