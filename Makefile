@@ -31,7 +31,7 @@ $(STAMP): setup.py $(CONSTRAINTS)
 	@touch $@
 
 train: setup ## the arithmetic example: a tiny model learns by DAPO; results in runs/arithmetic
-	$(BIN)/python examples/arithmetic/run.py
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python examples/arithmetic/run.py
 
 test: setup ## lint, types, unit and functional tests, and the seconds that each took
 	@failed=; table=; \
