@@ -215,8 +215,18 @@ def _accuracy_cost(side: Side, runs: Sequence[Run], enough: float) -> AccuracyCo
         plain = [s for s, value in zip(run.step_seconds(), accuracies[1:], strict=True) if value is None]
         steps.append(reached)
         seconds.append(reached * statistics.mean(plain))
-    numbers = (statistics.median(steps), statistics.median(seconds), min(seconds), max(seconds))
-    return AccuracyCost(side.name, *(value if value < math.inf else None for value in numbers), best)
+    return AccuracyCost(
+        side=side.name,
+        steps=_finite(statistics.median(steps)),
+        cpu_seconds=_finite(statistics.median(seconds)),
+        lowest=_finite(min(seconds)),
+        highest=_finite(max(seconds)),
+        best=best,
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if value < math.inf else None
 
 
 def step_table(costs: Sequence[StepCost]) -> Table:
