@@ -18,7 +18,8 @@ def test_a_summary_holds_what_it_is_given_and_the_versions_at_work(tmp_path):
     versions = summary.pop("versions")
     assert summary == {"seed": 1, "greedy_accuracy_after": 0.75}
     assert versions["python"] == platform.python_version()
-    assert versions["torch"] == torch.__version__
+    # A build's tag (+cu124) may stand in one of the two alone.
+    assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert versions["transformers"] == transformers.__version__
     assert set(versions) == {"python", "torch", "transformers", "megatron-core", "megatron-dapo"}
 
