@@ -1,8 +1,12 @@
 """From sequences to what the model takes on this rank: padded, sharded over context parallelism, on the device.
 
-Two layouts: packed (all sequences in one row, `cu_seqlens` between them) and padded (a row a sequence). In both, a
-sequence is padded on the right until context parallelism can cut it, and the whole until sequence parallelism can.
-Position j of a sequence predicts token j+1; the head computes only positions that predict a response token.
+Two layouts: packed (all sequences in one row) and padded (a row a sequence). In both, a sequence is padded on the right
+until context parallelism can cut it, and the whole until sequence parallelism can. Position j of a sequence predicts
+token j+1; the head computes only positions that predict a response token, and the last token, which predicts nothing,
+is not computed at all.
+
+Packed, sequences with the same prompt share it: it lies there once, before their responses (`PromptFamily`). Not under
+context parallelism, which cuts each sequence by itself, nor with Transformer Engine, whose attention knows no families.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from megatron_dapo.mcore.attention import PromptFamily, TorchAttentionInputs
 from megatron_dapo.mcore.parallel import RankLayout, device
 from megatron_dapo.types import MicroBatch, SequenceBatch, TokenTerms
 
@@ -24,7 +29,7 @@ class ModelInputs:
 
     token_ids: torch.Tensor  # [b, t]
     position_ids: torch.Tensor  # [b, t]
-    packed: PackedSeqParams | None
+    packed: PackedSeqParams | None  # with torch's attention: always, and what it knows of the micro-batch
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class HeadTerms:
 class HeadInputs:
     """What the head needs of a micro-batch. `n` of this rank's `b*t` positions predict a response token."""
 
-    positions: torch.Tensor  # [n] in the flattened [t, b] order of the hidden states
+    positions: torch.Tensor  # [n] in the flattened [t, b] order of the hidden states; a shared prompt's end repeats
     targets: torch.Tensor  # [n] token ids
     source: torch.Tensor  # [n] which of the micro-batch's N response tokens each one is
     num_tokens: int  # N, over all context-parallel ranks
@@ -62,17 +67,18 @@ def rank_batch(micro_batch: MicroBatch | SequenceBatch, layout: RankLayout, pack
         sequences, terms = micro_batch, None
     rows = _packed_rows(sequences, layout, sp) if packed else _padded_rows(sequences, layout, sp)
     where = _local_columns(rows.segments, layout)
-    source = rows.source[:, where]  # [b, t]; -1: predicts nothing
-    flat = source.T.reshape(-1)  # hidden states are [t, b, h]
-    positions = np.flatnonzero(flat >= 0)
+    local = np.full(rows.token_ids.shape[1], -1)
+    local[where] = np.arange(len(where))
+    chosen = np.flatnonzero(local[rows.column_N] >= 0)
+    positions = local[rows.column_N[chosen]] * len(rows.token_ids) + rows.row_N[chosen]  # hidden states are [t, b, h]
     response_tokens = _response_tokens(sequences)
-    chosen = flat[positions]
     target = device()
+    position_ids = torch.from_numpy(rows.position_ids[:, where]).to(target)
     return RankBatch(
         model=ModelInputs(
             token_ids=torch.from_numpy(rows.token_ids[:, where]).to(target),
-            position_ids=torch.from_numpy(rows.position_ids[:, where]).to(target),
-            packed=_packed_params(rows.segments) if packed else None,
+            position_ids=position_ids,
+            packed=_attention_inputs(rows, position_ids[0], layout, packed),
         ),
         head=HeadInputs(
             positions=torch.from_numpy(positions).to(target),
@@ -86,31 +92,43 @@ def rank_batch(micro_batch: MicroBatch | SequenceBatch, layout: RankLayout, pack
 
 @dataclass(frozen=True)
 class _Rows:
-    """The whole micro-batch before it is cut over context-parallel ranks: [b, total] arrays."""
+    """The whole micro-batch before it is cut over context-parallel ranks: [b, total] arrays, N response tokens."""
 
     token_ids: np.ndarray
     position_ids: np.ndarray
-    source: np.ndarray
-    segments: list[int]  # padded lengths that lie one after another in each row
+    row_N: np.ndarray  # where the position lies that predicts each response token
+    column_N: np.ndarray
+    families: list[PromptFamily]  # what lies one after another in each row, padding included
+
+    @property
+    def segments(self) -> list[int]:
+        return [family.tokens for family in self.families]
 
 
 def _packed_rows(batch: SequenceBatch, layout: RankLayout, sp: bool) -> _Rows:
     unit, whole = _units(layout, sp)
-    segments = [_round_up(int(length), unit) for length in batch.lengths]
-    segments[-1] += _round_up(sum(segments), whole) - sum(segments)
-    rows = _empty_rows(1, sum(segments), segments)
+    shared = layout.cp_size == 1 and not torch.cuda.is_available()
+    sets = _with_the_same_prompt(batch) if shared else [[index] for index in range(len(batch))]
+    families = [_family(batch, indices, unit) for indices in sets]
+    total = sum(family.tokens for family in families)
+    padding = _round_up(total, whole) - total
+    rows = _empty_rows(1, total + padding, families + ([PromptFamily(padding)] if padding else []), batch)
     start = 0
-    for index, segment in enumerate(segments):
-        _write_sequence(rows, batch, index, 0, start, segment)
-        start += segment
+    for indices, family in zip(sets, families, strict=True):
+        at = start + int(batch.prompt_lengths[indices[0]])
+        for index in indices:
+            _write_sequence(rows, batch, index, 0, start, at)
+            at += int(batch.response_lengths[index]) - 1
+        start += family.tokens
     return rows
 
 
 def _padded_rows(batch: SequenceBatch, layout: RankLayout, sp: bool) -> _Rows:
-    length = _round_up(int(batch.lengths.max()), _units(layout, sp)[1])
-    rows = _empty_rows(len(batch), length, [length])
+    length = _round_up(int(batch.lengths.max()) - 1, _units(layout, sp)[1])
+    rows = _empty_rows(len(batch), length, [PromptFamily(length)], batch)
+    rows.position_ids[:] = np.arange(length)
     for index in range(len(batch)):
-        _write_sequence(rows, batch, index, index, 0, length)
+        _write_sequence(rows, batch, index, index, 0, int(batch.prompt_lengths[index]))
     return rows
 
 
@@ -120,22 +138,46 @@ def _units(layout: RankLayout, sp: bool) -> tuple[int, int]:
     return sequence, math.lcm(sequence, layout.cp_size * (layout.tp_size if sp else 1))
 
 
-def _empty_rows(count: int, total: int, segments: list[int]) -> _Rows:
+def _with_the_same_prompt(batch: SequenceBatch) -> list[list[int]]:
+    """The sequences by prompt, in the order in which prompts come first."""
+    sets: dict[bytes, list[int]] = {}
+    for index, (start, prompt) in enumerate(zip(batch.cu_seqlens[:-1], batch.prompt_lengths, strict=True)):
+        sets.setdefault(batch.token_ids[start : start + prompt].tobytes(), []).append(index)
+    return list(sets.values())
+
+
+def _family(batch: SequenceBatch, indices: list[int], unit: int) -> PromptFamily:
+    """One sequence is a family without responses: all of it is computed as one causal segment."""
+    if len(indices) == 1:
+        return PromptFamily(_round_up(int(batch.lengths[indices[0]]) - 1, unit))
+    responses = tuple(int(batch.response_lengths[index]) - 1 for index in indices)
+    return PromptFamily(int(batch.prompt_lengths[indices[0]]), responses)
+
+
+def _empty_rows(count: int, total: int, families: list[PromptFamily], batch: SequenceBatch) -> _Rows:
+    tokens = int(batch.cu_responses[-1])
     return _Rows(
         token_ids=np.zeros((count, total), np.int64),
         position_ids=np.zeros((count, total), np.int64),
-        source=np.full((count, total), -1, np.int64),
-        segments=segments,
+        row_N=np.empty(tokens, np.int64),
+        column_N=np.empty(tokens, np.int64),
+        families=families,
     )
 
 
-def _write_sequence(rows: _Rows, batch: SequenceBatch, index: int, row: int, start: int, segment: int) -> None:
-    begin, end = batch.cu_seqlens[index], batch.cu_seqlens[index + 1]
-    prompt, length = int(batch.prompt_lengths[index]), int(end - begin)
-    rows.token_ids[row, start : start + length] = batch.token_ids[begin:end]
-    rows.position_ids[row, start : start + segment] = np.arange(segment)
-    first, last = batch.cu_responses[index], batch.cu_responses[index + 1]
-    rows.source[row, start + prompt - 1 : start + length - 1] = np.arange(first, last)
+def _write_sequence(rows: _Rows, batch: SequenceBatch, index: int, row: int, start: int, at: int) -> None:
+    """The prompt to column `start`, the response but for its last token to column `at`."""
+    begin, end, prompt = batch.cu_seqlens[index], batch.cu_seqlens[index + 1] - 1, int(batch.prompt_lengths[index])
+    for column, first, tokens in (
+        (start, 0, batch.token_ids[begin : begin + prompt]),
+        (at, prompt, batch.token_ids[begin + prompt : end]),
+    ):
+        rows.token_ids[row, column : column + len(tokens)] = tokens
+        rows.position_ids[row, column : column + len(tokens)] = np.arange(first, first + len(tokens))
+    predicts = slice(int(batch.cu_responses[index]), int(batch.cu_responses[index + 1]))
+    rows.row_N[predicts] = row
+    rows.column_N[predicts] = np.arange(at - 1, at - 1 + predicts.stop - predicts.start)
+    rows.column_N[predicts.start] = start + prompt - 1
 
 
 def _local_columns(segments: list[int], layout: RankLayout) -> np.ndarray:
@@ -152,7 +194,17 @@ def _local_columns(segments: list[int], layout: RankLayout) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _packed_params(segments: list[int]) -> PackedSeqParams:
+def _attention_inputs(
+    rows: _Rows, position_ids: torch.Tensor, layout: RankLayout, packed: bool
+) -> PackedSeqParams | None:
+    """What the attention in use wants: Transformer Engine's is told where packed sequences end, torch's everything."""
+    if not torch.cuda.is_available():
+        n = layout.cp_size
+        local = tuple(PromptFamily(f.prompt // n, f.responses) for f in rows.families)  # n > 1: no responses
+        return TorchAttentionInputs.of(local, position_ids, packed)
+    if not packed:
+        return None
+    segments = rows.segments
     cu_seqlens = torch.from_numpy(np.concatenate([[0], np.cumsum(segments)]).astype(np.int32)).to(device())
     return PackedSeqParams(
         qkv_format="thd",

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from megatron_dapo.config.tree import MegatronConfig
@@ -95,12 +96,13 @@ def _build_chunk(shape: ModelShape, config: TransformerConfig, stage: int | None
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage)
     model = GPTModel(
         config=config,
-        transformer_layer_spec=_layer_spec(config, stage),
+        transformer_layer_spec=_layer_spec(config, shape, stage),
         vocab_size=shape.padded_vocab_size(config.tensor_model_parallel_size),
         max_sequence_length=shape.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
         post_process=last,
-        position_embedding_type="rope",
+        # Torch's attention turns positions itself.
+        position_embedding_type="rope" if torch.cuda.is_available() else "none",
         rotary_base=shape.rope_theta,  # type: ignore[arg-type]  # Megatron says int and computes with any number
         rope_scaling=shape.rope_scaling_factor is not None,
         rope_scaling_factor=shape.rope_scaling_factor or 1.0,
@@ -126,7 +128,7 @@ def _mark_sharded(model: GPTModel, shape: ModelShape, config: TransformerConfig)
             set_tensor_model_parallel_attributes(param, True, dim, 1)
 
 
-def _layer_spec(config: TransformerConfig, stage: int | None) -> Any:
+def _layer_spec(config: TransformerConfig, shape: ModelShape, stage: int | None) -> Any:
     if torch.cuda.is_available():
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
@@ -135,8 +137,19 @@ def _layer_spec(config: TransformerConfig, stage: int | None) -> Any:
     inner: Any = layer.submodules
     inner.input_layernorm = inner.pre_mlp_layernorm = RMSNorm
     attention = inner.self_attention.submodules
-    attention.core_attention = SDPAttention
+    attention.core_attention = ModuleSpec(SDPAttention, params={"rotary": _rotary(shape)})
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     count = get_num_layers_to_build(config, vp_stage=stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)  # type: ignore[arg-type]
+
+
+def _rotary(shape: ModelShape) -> RotaryEmbedding:
+    return RotaryEmbedding(
+        kv_channels=shape.head_dim,
+        rotary_percent=1.0,
+        rotary_base=shape.rope_theta,  # type: ignore[arg-type]  # Megatron says int and computes with any number
+        rope_scaling=shape.rope_scaling_factor is not None,
+        rope_scaling_factor=shape.rope_scaling_factor or 1.0,
+        use_cpu_initialization=True,
+    )

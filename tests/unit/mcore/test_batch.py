@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_dapo.mcore.attention import PromptFamily, TorchAttentionInputs
 from megatron_dapo.mcore.batch import RankBatch, rank_batch
 from megatron_dapo.types import MicroBatch, SequenceBatch, TokenTerms
 from tests.unit.mcore.helpers import ONE, rank_of
@@ -63,7 +64,8 @@ def test_the_ranks_hold_every_token_and_no_more_padding_than_their_cuts_need(
     batch = sequences_of(*lengths)
     ranks = on_cp_ranks(batch, cp_size, tp_size, packed, sp)
     tokens = torch.cat([rank.model.token_ids.flatten() for rank in ranks]).numpy()
-    assert sorted(tokens[tokens > 0]) == sorted(batch.token_ids)
+    last_N = batch.cu_seqlens[1:] - 1  # what ends a sequence predicts nothing
+    assert sorted(tokens[tokens > 0]) == sorted(np.delete(batch.token_ids, last_N))
     shapes = {tuple(rank.model.token_ids.shape) for rank in ranks}
     ((rows, columns),) = shapes  # the same on all ranks
     assert columns % (tp_size if sp else 1) == 0
@@ -71,71 +73,96 @@ def test_the_ranks_hold_every_token_and_no_more_padding_than_their_cuts_need(
     chunk = 2 * cp_size if cp_size > 1 else 1
     whole = math.lcm(chunk, cp_size * (tp_size if sp else 1))
     if packed:
-        needed = sum(-(-sum(length) // chunk) * chunk for length in lengths)
-        cu_seqlens = cu_seqlens_of(ranks[0])
-        assert (np.diff(cu_seqlens) >= batch.lengths).all()
-        assert (np.diff(cu_seqlens) % chunk == 0).all()
-        assert cu_seqlens[-1] == columns * cp_size
+        needed = sum(-(-(sum(length) - 1) // chunk) * chunk for length in lengths)
+        local = segments_of(ranks[0])
+        assert (np.array(local[: len(lengths)]) * cp_size >= batch.lengths - 1).all()
+        assert all(segment * cp_size % chunk == 0 for segment in local)
+        assert sum(local) == columns
     else:
-        needed = int(batch.lengths.max())
+        needed = int(batch.lengths.max()) - 1
     assert needed <= columns * cp_size < needed + whole
 
 
-def cu_seqlens_of(rank: RankBatch) -> list[int]:
-    packed = rank.model.packed
-    assert packed is not None
-    assert packed.cu_seqlens_q is packed.cu_seqlens_kv is packed.cu_seqlens_q_padded is packed.cu_seqlens_kv_padded
-    cu_seqlens = packed.cu_seqlens_q.tolist()
-    assert packed.max_seqlen_q == packed.max_seqlen_kv == max(np.diff(cu_seqlens))
-    return cu_seqlens
+def segments_of(rank: RankBatch) -> list[int]:
+    """Tokens of what attention takes one after another."""
+    assert isinstance(rank.model.packed, TorchAttentionInputs)
+    return [family.tokens for family, _ in rank.model.packed.families]
 
 
 def test_packed_sequences_lie_back_to_back():
     found = rank_batch(sequences_of((2, 3), (1, 2)), ONE, packed=True, sp=False)
-    assert found.model.token_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]]
-    assert found.model.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2]]
-    assert cu_seqlens_of(found) == [0, 5, 8]
-    assert found.head.positions.tolist() == [1, 2, 3, 5, 6]
+    assert found.model.token_ids.tolist() == [[1, 2, 3, 4, 6, 7]]
+    assert found.model.position_ids.tolist() == [[0, 1, 2, 3, 0, 1]]
+    assert segments_of(found) == [4, 2]
+    assert found.head.positions.tolist() == [1, 2, 3, 4, 5]
     assert found.head.targets.tolist() == [3, 4, 5, 7, 8]
     assert found.head.source.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_padded_sequences_have_a_row_each():
     found = rank_batch(sequences_of((2, 3), (1, 2)), ONE, packed=False, sp=False)
-    assert found.model.token_ids.tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]]
-    assert found.model.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 2
-    assert found.model.packed is None
+    assert found.model.token_ids.tolist() == [[1, 2, 3, 4], [6, 7, 0, 0]]
+    assert found.model.position_ids.tolist() == [[0, 1, 2, 3]] * 2
     # Of the positions [t, b]: row 0 predicts at t = 1, 2, 3, row 1 at t = 0, 1.
-    assert found.head.positions.tolist() == [1, 2, 3, 4, 6]
-    assert found.head.source.tolist() == [3, 0, 4, 1, 2]
-    assert found.head.targets.tolist() == [7, 3, 8, 4, 5]
+    assert found.head.positions.tolist() == [2, 4, 6, 1, 3]
+    assert found.head.source.tolist() == [0, 1, 2, 3, 4]
+    assert found.head.targets.tolist() == [3, 4, 5, 7, 8]
+
+
+SHARED = SequenceBatch(  # two responses to 1 2 3, one to 1 2 in between, and one of a single token to 1 2 3
+    np.array([1, 2, 3, 10, 11, 12, 1, 2, 20, 21, 1, 2, 3, 30, 31, 1, 2, 3, 40]),
+    np.array([6, 4, 5, 4]),
+    np.array([3, 2, 3, 3]),
+)
+
+
+def test_sequences_with_one_prompt_share_it():
+    found = rank_batch(SHARED, ONE, packed=True, sp=False)
+    assert found.model.token_ids.tolist() == [[1, 2, 3, 10, 11, 30, 1, 2, 20]]
+    assert found.model.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2]]
+    assert isinstance(found.model.packed, TorchAttentionInputs)
+    assert [f for f, _ in found.model.packed.families] == [PromptFamily(3, (2, 1, 0)), PromptFamily(3)]
+    # The end of the shared prompt predicts the first token of three responses.
+    assert found.head.positions.tolist() == [2, 3, 4, 7, 8, 2, 5, 2]
+    assert found.head.targets.tolist() == [10, 11, 12, 20, 21, 30, 31, 40]
+    assert found.head.source.tolist() == list(range(8))
+
+
+@pytest.mark.parametrize(("cp_size", "packed", "tokens"), [(2, True, 20), (1, False, 20)])
+def test_prompts_are_not_shared_where_sequences_are_cut_or_have_rows_of_their_own(
+    cp_size: int, packed: bool, tokens: int
+):
+    ranks = on_cp_ranks(SHARED, cp_size, 1, packed, sp=False)
+    assert sum(rank.model.token_ids.numel() for rank in ranks) == tokens
+    found = np.concatenate([rank.model.token_ids.numpy().flatten() for rank in ranks])
+    assert (found == 3).sum() == 3
 
 
 def test_context_parallel_ranks_hold_a_chunk_from_either_end():
-    first, second = on_cp_ranks(sequences_of((2, 5), (1, 2)), cp_size=2, tp_size=1, packed=True, sp=False)
-    assert cu_seqlens_of(first) == [0, 8, 12]
-    assert first.model.token_ids.tolist() == [[1, 2, 7, 0, 8, 0]]
-    assert first.model.position_ids.tolist() == [[0, 1, 6, 7, 0, 3]]
-    assert second.model.token_ids.tolist() == [[3, 4, 5, 6, 9, 10]]
-    assert second.model.position_ids.tolist() == [[2, 3, 4, 5, 1, 2]]
-    assert (first.head.source.tolist(), second.head.source.tolist()) == ([0, 5], [1, 2, 3, 4, 6])
+    first, second = on_cp_ranks(sequences_of((2, 6), (1, 2)), cp_size=2, tp_size=1, packed=True, sp=False)
+    assert segments_of(first) == segments_of(second) == [4, 2]
+    assert first.model.token_ids.tolist() == [[1, 2, 7, 0, 9, 0]]
+    assert first.model.position_ids.tolist() == [[0, 1, 6, 0, 0, 0]]
+    assert second.model.token_ids.tolist() == [[3, 4, 5, 6, 10, 0]]
+    assert second.model.position_ids.tolist() == [[2, 3, 4, 5, 1, 0]]
+    assert (first.head.source.tolist(), second.head.source.tolist()) == ([0, 5, 6], [1, 2, 3, 4, 7])
 
 
 @pytest.mark.parametrize(
     ("cp_size", "tp_size", "sp", "packed", "columns"),
     [
-        (1, 4, False, True, 12),  # 7 + 5 tokens
+        (1, 4, False, True, 12),  # 7 + 5 tokens that predict something, or before one that does
         (1, 8, True, True, 16),
         (2, 1, False, True, 8),  # 8 + 8
         (2, 4, True, True, 8),
-        (2, 3, True, True, 12),  # 8 + 16: the whole is a multiple of 4 and of 2 x 3
+        (2, 3, True, True, 12),  # 8 + 8, and 8 more: the whole is a multiple of 4 and of 2 x 3
         (1, 4, False, False, 7),
         (1, 4, True, False, 8),
         (2, 2, True, False, 4),
     ],
 )
 def test_the_length_on_a_rank(cp_size: int, tp_size: int, sp: bool, packed: bool, columns: int):
-    batch = sequences_of((3, 4), (2, 3))
+    batch = sequences_of((3, 5), (2, 4))
     for rank in on_cp_ranks(batch, cp_size, tp_size, packed, sp):
         assert rank.model.token_ids.size(1) == columns
 
@@ -163,7 +190,5 @@ def test_the_dtypes_are_what_the_model_takes():
     found = rank_batch(MicroBatch(batch, terms_of(batch, with_ref=True)), ONE, packed=True, sp=False)
     indices = (found.model.token_ids, found.model.position_ids, found.head.positions, found.head.targets)
     assert {tensor.dtype for tensor in indices} == {torch.int64}
-    assert found.model.packed is not None
-    assert found.model.packed.cu_seqlens_q.dtype == torch.int32
     assert found.head.terms is not None
     assert {tensor.dtype for tensor in vars(found.head.terms).values()} == {torch.float32}
