@@ -173,21 +173,29 @@ class TokenTerms:
     """What the loss needs of each response token, [N] each, float32.
 
     `weight` is the aggregation: the loss is the plain sum of weight x loss over all tokens of a mini-batch.
+    `old_logp` None: the mini-batch is its own old policy, and every ratio is 1.
     `ref_logp` is there where a KL term is part of the loss.
+    `rollout_logp`, the engine's, is there where truncated importance sampling is on.
     """
 
     weight: FloatArray
     advantage: FloatArray
-    old_logp: FloatArray
+    old_logp: FloatArray | None
     ref_logp: FloatArray | None
+    rollout_logp: FloatArray | None
 
     def select(self, offsets: IntArray, indices: Sequence[int]) -> TokenTerms:
         """The terms of the sequences at `indices`; `offsets` is their batch's `cu_responses`."""
+
+        def chosen(values: FloatArray | None) -> FloatArray | None:
+            return None if values is None else take_ragged(values, offsets, indices)
+
         return TokenTerms(
             weight=take_ragged(self.weight, offsets, indices),
             advantage=take_ragged(self.advantage, offsets, indices),
-            old_logp=take_ragged(self.old_logp, offsets, indices),
-            ref_logp=None if self.ref_logp is None else take_ragged(self.ref_logp, offsets, indices),
+            old_logp=chosen(self.old_logp),
+            ref_logp=chosen(self.ref_logp),
+            rollout_logp=chosen(self.rollout_logp),
         )
 
 

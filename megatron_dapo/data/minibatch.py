@@ -114,6 +114,7 @@ def build_update(batch: MiniBatch, plan: Plan, weighting: LossWeighting) -> Upda
         advantage=batch.advantages[sequence_N].astype(np.float32),
         old_logp=np.where(finite_N, batch.old_logp, 0).astype(np.float32),
         ref_logp=None if batch.ref_logp is None else np.where(finite_N, batch.ref_logp, 0).astype(np.float32),
+        rollout_logp=None,
     )
     return Update(
         ranks=tuple(tuple(_micro_batch(sequences, terms, indices) for indices in rank) for rank in plan),
@@ -136,11 +137,11 @@ def _layout(plan: Plan, sequences: int) -> SequenceLayout:
 
 def _micro_batch(sequences: SequenceBatch, terms: TokenTerms, indices: Sequence[int]) -> MicroBatch:
     if not indices:
-        return _filler(sequences, terms.ref_logp is not None)
+        return _filler(sequences, terms)
     return MicroBatch(sequences.select(indices), terms.select(sequences.cu_responses, indices))
 
 
-def _filler(sequences: SequenceBatch, with_ref: bool) -> MicroBatch:
+def _filler(sequences: SequenceBatch, terms: TokenTerms) -> MicroBatch:
     whole = np.flatnonzero((sequences.prompt_lengths > 0) & (sequences.response_lengths > 0))
     if not len(whole):
         raise ValueError("no sequence of the mini-batch has a prompt and a response token; nothing can be trained on")
@@ -149,5 +150,11 @@ def _filler(sequences: SequenceBatch, with_ref: bool) -> MicroBatch:
     zero_N = np.zeros(1, np.float32)
     return MicroBatch(
         SequenceBatch(sequences.token_ids[middle - 1 : middle + 1], np.array([2]), np.array([1])),
-        TokenTerms(weight=zero_N, advantage=zero_N, old_logp=zero_N, ref_logp=zero_N if with_ref else None),
+        TokenTerms(
+            weight=zero_N,
+            advantage=zero_N,
+            old_logp=None if terms.old_logp is None else zero_N,
+            ref_logp=None if terms.ref_logp is None else zero_N,
+            rollout_logp=None if terms.rollout_logp is None else zero_N,
+        ),
     )

@@ -34,12 +34,15 @@ class ModelInputs:
 
 @dataclass(frozen=True)
 class HeadTerms:
-    """The loss's terms at this rank's predicting positions, [n] each, float32."""
+    """The loss's terms at this rank's predicting positions, [n] each, float32; see `TokenTerms`."""
 
     weight: torch.Tensor
     advantage: torch.Tensor
-    old_logp: torch.Tensor
+    old_logp: torch.Tensor | None
     ref_logp: torch.Tensor | None
+    rollout_logp: torch.Tensor | None
+    sequence: torch.Tensor  # which of the micro-batch's sequences each token belongs to, int64
+    num_sequences: int  # of the micro-batch, over all context-parallel ranks
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def rank_batch(micro_batch: MicroBatch | SequenceBatch, layout: RankLayout, pack
             targets=torch.from_numpy(response_tokens[chosen]).to(target),
             source=torch.from_numpy(chosen).to(target),
             num_tokens=len(response_tokens),
-            terms=None if terms is None else _head_terms(terms, chosen, target),
+            terms=None if terms is None else _head_terms(terms, sequences, chosen, target),
         ),
     )
 
@@ -223,15 +226,22 @@ def _response_tokens(batch: SequenceBatch) -> np.ndarray:
     return batch.token_ids[in_sequence >= np.repeat(batch.prompt_lengths, batch.lengths)]
 
 
-def _head_terms(terms: TokenTerms, chosen: np.ndarray, target: torch.device) -> HeadTerms:
+def _head_terms(terms: TokenTerms, sequences: SequenceBatch, chosen: np.ndarray, target: torch.device) -> HeadTerms:
     def at(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(values[chosen], np.float32)).to(target)
 
+    def where_given(values: np.ndarray | None) -> torch.Tensor | None:
+        return None if values is None else at(values)
+
+    sequence = np.repeat(np.arange(len(sequences)), sequences.response_lengths)[chosen]
     return HeadTerms(
         weight=at(terms.weight),
         advantage=at(terms.advantage),
-        old_logp=at(terms.old_logp),
-        ref_logp=None if terms.ref_logp is None else at(terms.ref_logp),
+        old_logp=where_given(terms.old_logp),
+        ref_logp=where_given(terms.ref_logp),
+        rollout_logp=where_given(terms.rollout_logp),
+        sequence=torch.from_numpy(sequence).to(target),
+        num_sequences=len(sequences),
     )
 
 

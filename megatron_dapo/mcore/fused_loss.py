@@ -1,240 +1,188 @@
 """From hidden states to the DAPO loss and its gradient in one pass, over a vocabulary that tensor parallelism splits.
 
-For each chunk of tokens: logits on the local vocabulary shard; one all-gather of four statistics a token (max, sum of
-exponentials, target logit, sum of probability x logit); log-prob, entropy, the loss and its derivative; the gradient
-with respect to hidden states and weight at once. Logits live for one chunk and are never kept or computed again.
+For each chunk of tokens: logits on the local vocabulary shard and their statistics (`fused/blocked.py` on a CPU,
+`fused/rows.py` on CUDA); one all-gather of four statistics a token (`fused/softmax.py`); the objective and its slopes
+(`fused/objective.py`); the gradient in place of the logits, and from it that of hidden states and weight. Three matrix
+products. Logits live for one chunk and are never kept; only sequence-level ratios compute them twice, for the ratio of
+a sequence has to be known before the gradient of its first token.
 
-Axes: `n` tokens, `c` tokens of a chunk, `h` hidden size, `v` rows of the vocabulary on this rank.
+Axes: `n` tokens, `h` hidden size, `v` rows of the vocabulary on this rank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from megatron_dapo.algo.kl import kl_penalty
-from megatron_dapo.algo.loss import PolicyLossConfig, policy_loss
-from megatron_dapo.config.tree import KLPenalty
 from megatron_dapo.mcore.batch import HeadTerms
+from megatron_dapo.mcore.fused.blocked import BlockedShard, compute_type
+from megatron_dapo.mcore.fused.objective import SUMS, Objective, sequence_ratio, token_objective
+from megatron_dapo.mcore.fused.softmax import LOGITS_BYTES, Softmax, Vocabulary, VocabularyShard, combine
 
-LOGITS_BYTES = 64 * 2**20
-_ROWS = 4  # statistics a token
-_PADDING = -1e30  # the logit of a padded row: its exponential is 0, and a sum of such logits is still finite
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What is summed over tokens: weight x (policy loss + KL coefficient x KL - entropy coefficient x entropy)."""
-
-    clip: PolicyLossConfig
-    temperature: float
-    entropy_coeff: float = 0.0
-    kl_coef: float = 0.0
-    kl_kind: KLPenalty = "low_var_kl"
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """How the vocabulary lies over tensor parallelism: `size` real rows, padding behind them."""
-
-    size: int
-    group: dist.ProcessGroup
-    logits_bytes: int = LOGITS_BYTES  # what the fp32 logits of one chunk may take on a rank
-
-
-# Sums over the tokens of a micro-batch; the order of the vector that `dapo_loss` returns.
-SUMS = (
-    "tokens",
-    "loss",
-    "policy_loss",
-    "kl_loss",
-    "entropy",
-    "approx_kl",
-    "clipped_high",
-    "clipped_low",
-    "dual_clipped",
-    "clamped",
-    "ratio",
-)
+__all__ = ["LOGITS_BYTES", "SUMS", "HeadResult", "MainGrad", "Objective", "Vocabulary", "dapo_loss", "token_logp"]
 
 
 @dataclass(frozen=True)
 class HeadResult:
-    loss: torch.Tensor  # []
-    sums: torch.Tensor  # [len(SUMS)] float64, detached
-    logp: torch.Tensor  # [n] float32, detached
-    entropy: torch.Tensor  # [n] float32, detached
+    loss: Tensor  # []
+    sums: Tensor  # [len(SUMS)] float64, detached
+    logp: Tensor  # [n] float32 (float64 where the hidden states are), detached
+    entropy: Tensor  # [n] likewise
+
+
+@dataclass(frozen=True)
+class MainGrad:
+    """Where Megatron's DDP sums a weight's gradients over micro-batches, in float32."""
+
+    buffer: Tensor  # [v,h]
+    shared: bool  # this rank's embedding has the same weight: its gradient comes through autograd
 
 
 def dapo_loss(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
     terms: HeadTerms,
     objective: Objective,
     vocabulary: Vocabulary,
+    context: dist.ProcessGroup | None = None,
+    main_grad: MainGrad | None = None,
 ) -> HeadResult:
     """hidden [n,h], weight [v,h], targets [n] -> the weighted sum of the loss, differentiable in hidden and weight.
 
     The gradient with respect to `hidden` is this rank's share of the vocabulary: the caller sums it over tensor
-    parallelism (all-reduce, or reduce-scatter under sequence parallelism).
+    parallelism (all-reduce, or reduce-scatter under sequence parallelism). `context`: the context-parallel ranks,
+    between which sequences may be cut; sequence-level ratios are summed over them.
+
+    With `main_grad` the weight's gradient is added there, in the forward pass, and autograd is told of zeros that take
+    no memory. What comes from above must then be 1, as in Megatron's schedule: no loss scale (float32 and bfloat16
+    have none) and no division (`calculate_per_token_loss`). Under `torch.no_grad()` there is no gradient anywhere.
+
+    Raises:
+        ValueError: the objective has a `tis_cap` and the terms have no rollout log-probs.
+        RuntimeError: in backward, with `main_grad`: what comes from above is not 1.
     """
-    loss, sums, logp, entropy = _OnePass.apply(hidden, weight, targets, terms, objective, vocabulary)  # type: ignore[misc]
-    return HeadResult(loss, sums, logp, entropy)
+    job = _Job(targets, terms, objective, vocabulary, context, main_grad, torch.is_grad_enabled())
+    return HeadResult(*_OnePass.apply(hidden, weight, job))  # type: ignore[misc]
 
 
 def token_logp(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float, vocabulary: Vocabulary
-) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, vocabulary: Vocabulary
+) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and entropy of its distribution, [n] each, float32; no gradient, no logits kept."""
-    logp = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-    entropy = torch.empty_like(logp)
+    found = hidden.new_empty(2, len(hidden), dtype=compute_type(hidden.dtype))
     with torch.no_grad():
-        for part in _chunks(len(hidden), weight.size(0), vocabulary.logits_bytes):
-            chunk = _Chunk(hidden[part], weight, targets[part], temperature, vocabulary)
-            logp[part], entropy[part] = chunk.logp, chunk.entropy
-    return logp, entropy
+        for part, softmax, _ in _softmaxes(hidden, weight, targets, temperature, vocabulary, keep=False):
+            found[0, part], found[1, part] = softmax.logp, softmax.entropy
+    return found[0], found[1]
 
 
-class _Chunk:
-    """The softmax of one chunk of tokens over the whole vocabulary, of which this rank holds `probs` [c,v]."""
-
-    def __init__(
-        self,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        targets: torch.Tensor,
-        temperature: float,
-        vocabulary: Vocabulary,
-    ):
-        rows = weight.size(0)
-        first = vocabulary.group.rank() * rows
-        logits = (hidden @ weight.T).float()
-        if temperature != 1.0:
-            logits /= temperature
-        padding = max(0, first + rows - vocabulary.size)
-        if padding:
-            logits[:, rows - min(padding, rows) :] = _PADDING
-        local = targets - first
-        self.owned = (local >= 0) & (local < rows)
-        self.column = local.clamp(0, rows - 1)
-        target_logit = logits.gather(1, self.column[:, None])[:, 0] * self.owned
-        local_max = logits.amax(1)
-        probs = (logits - local_max[:, None]).exp_()
-        stats = torch.stack([local_max, probs.sum(1), target_logit, (probs * logits).sum(1)])
-        maximum, total, target, weighted = _combine(stats, vocabulary.group)
-        self.logits = logits
-        self.log_total = maximum + total.log()
-        self.probs = probs.mul_(((local_max - maximum).exp() / total)[:, None])
-        self.logp = target - self.log_total
-        self.entropy = self.log_total - weighted / total
+def _softmaxes(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, vocabulary: Vocabulary, keep: bool
+) -> Iterator[tuple[slice, Softmax, VocabularyShard]]:
+    """Chunk by chunk; `keep`: a gradient will be asked for."""
+    parts = vocabulary.chunks(len(hidden), weight.size(0), compute_type(hidden.dtype).itemsize)
+    if not parts:
+        return
+    shard = _shard(weight, vocabulary, temperature, parts[0].stop, keep)
+    for part in parts:
+        statistics = shard.statistics(hidden[part], targets[part])
+        yield part, combine(statistics, vocabulary.group), shard
 
 
-def _combine(stats: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, ...]:
-    """[4,c] of this rank -> (max, sum of exponentials, target logit, sum of exponential x logit) over all ranks."""
-    size = group.size()
-    if size == 1:
-        return tuple(stats.unbind(0))
-    gathered = torch.empty(size * _ROWS, stats.size(1), dtype=stats.dtype, device=stats.device)
-    dist.all_gather_into_tensor(gathered, stats, group=group)
-    local_max, total, target, weighted = gathered.view(size, _ROWS, -1).unbind(1)
-    maximum = local_max.amax(0)
-    scale = (local_max - maximum).exp()
-    return maximum, (total * scale).sum(0), target.sum(0), (weighted * scale).sum(0)
+def _shard(weight: Tensor, vocabulary: Vocabulary, temperature: float, tokens: int, keep: bool) -> VocabularyShard:
+    if weight.is_cuda:
+        from megatron_dapo.mcore.fused.rows import RowShard  # Triton, which a CPU has not
+
+        return RowShard(weight, vocabulary, temperature, tokens)
+    return BlockedShard(weight, vocabulary, temperature, tokens, keep)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What `dapo_loss` takes besides hidden states and weight."""
+
+    targets: Tensor
+    terms: HeadTerms
+    objective: Objective
+    vocabulary: Vocabulary
+    context: dist.ProcessGroup | None
+    main_grad: MainGrad | None
+    with_gradient: bool
 
 
 class _OnePass(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        targets: torch.Tensor,
-        terms: HeadTerms,
-        objective: Objective,
-        vocabulary: Vocabulary,
-    ) -> tuple[torch.Tensor, ...]:
-        train = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        d_hidden = torch.zeros_like(hidden) if train else None
-        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if train else None
-        logp = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, job: _Job) -> tuple[Tensor, ...]:
+        objective, vocabulary = job.objective, job.vocabulary
+        logp = hidden.new_empty(len(hidden), dtype=compute_type(hidden.dtype))
         entropy = torch.empty_like(logp)
-        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=hidden.device)
-        for part in _chunks(len(hidden), weight.size(0), vocabulary.logits_bytes):
-            chunk = _Chunk(hidden[part], weight, targets[part], objective.temperature, vocabulary)
-            logp[part], entropy[part] = chunk.logp, chunk.entropy
-            d_logp, d_entropy = _token_loss(chunk, _slice(terms, part), objective, sums)
-            if d_hidden is not None and d_weight is not None:
-                d_logits = _d_logits(chunk, d_logp, d_entropy, objective).to(hidden.dtype)
-                torch.mm(d_logits, weight, out=d_hidden[part])
-                d_weight += d_logits.T @ hidden[part]
-        if d_hidden is not None and d_weight is not None:
-            ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
+        sums = hidden.new_zeros(len(SUMS), dtype=torch.float64)
+        gradients = _gradient_buffers(hidden, weight, job.main_grad) if job.with_gradient else None
+        sequences = None
+        if objective.ratio == "sequence":
+            present, _ = token_logp(hidden, weight, job.targets, objective.temperature, vocabulary)
+            sequences = sequence_ratio(present, job.terms, objective, job.context)
+        for part, softmax, shard in _softmaxes(
+            hidden, weight, job.targets, objective.temperature, vocabulary, keep=job.with_gradient
+        ):
+            logp[part], entropy[part] = softmax.logp, softmax.entropy
+            terms = _at(job.terms, part)
+            slopes, added = token_objective(softmax.logp, softmax.entropy, terms, objective, sequences)
+            sums += added
+            if gradients is not None:
+                d_hidden, d_weight = gradients
+                shard.backward(softmax, slopes, d_hidden[part], d_weight)
+        if gradients is not None:
+            d_hidden, d_weight = gradients
+            ctx.save_for_backward(d_hidden, weight if job.main_grad else d_weight.to(weight.dtype))
+        ctx.main_grad = job.main_grad
         ctx.mark_non_differentiable(sums, logp, entropy)
-        return sums[SUMS.index("loss")].float(), sums, logp, entropy
+        return sums[SUMS.index("loss")].to(logp.dtype), sums, logp, entropy
 
     @staticmethod
-    def backward(ctx: Any, d_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * d_loss, d_weight * d_loss, None, None, None, None
+    def backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.main_grad is None:
+            d_hidden, d_weight = ctx.saved_tensors
+            return d_hidden * d_loss, d_weight * d_loss, None
+        d_hidden, weight = ctx.saved_tensors
+        unscaled = "the weight's gradient is in main_grad already, so the loss cannot be scaled after that; let it be"
+        torch._assert_async(d_loss == 1, unscaled)  # type: ignore[attr-defined]  # waits for no device
+        return d_hidden, None if ctx.main_grad.shared else _no_gradient(weight), None
 
 
-def _token_loss(
-    chunk: _Chunk, terms: HeadTerms, objective: Objective, sums: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """d loss / d logp and d loss / d entropy of each token [c], weights included; adds the chunk to `sums`."""
-    w = terms.weight
-    policy = policy_loss(chunk.logp, terms.old_logp, terms.advantage, objective.clip)
-    loss, d_logp = policy.loss, policy.grad
-    kl = torch.zeros_like(loss)
-    if terms.ref_logp is not None:
-        kl, d_kl = kl_penalty(chunk.logp, terms.ref_logp, objective.kl_kind)
-        loss, d_logp = loss + objective.kl_coef * kl, d_logp + objective.kl_coef * d_kl
-    d_entropy = None
-    if objective.entropy_coeff:
-        loss = loss - objective.entropy_coeff * chunk.entropy
-        d_entropy = -objective.entropy_coeff * w
-    counted = (w != 0).double()
-    rows = (
-        counted,
-        w * loss,
-        w * policy.loss,
-        w * kl,
-        counted * chunk.entropy,
-        counted * (terms.old_logp - chunk.logp),
-        counted * policy.clipped_high,
-        counted * policy.clipped_low,
-        counted * policy.dual_clipped,
-        counted * policy.clamped,
-        counted * policy.ratio,
-    )
-    sums += torch.stack([row.double().sum() for row in rows])
-    return w * d_logp, d_entropy
+def _gradient_buffers(hidden: Tensor, weight: Tensor, main_grad: MainGrad | None) -> tuple[Tensor, Tensor]:
+    if main_grad is not None:
+        return torch.empty_like(hidden), main_grad.buffer
+    return torch.empty_like(hidden), torch.zeros_like(weight, dtype=compute_type(weight.dtype))
 
 
-def _d_logits(
-    chunk: _Chunk, d_logp: torch.Tensor, d_entropy: torch.Tensor | None, objective: Objective
-) -> torch.Tensor:
-    """[c,v]: d_logp (1[target] - p) - d_entropy p (log p + entropy), through the temperature."""
-    if d_entropy is None:
-        grad = chunk.probs.mul_(-d_logp[:, None])
-    else:
-        log_probs = chunk.logits - chunk.log_total[:, None]
-        grad = -chunk.probs * (d_logp[:, None] + d_entropy[:, None] * (log_probs + chunk.entropy[:, None]))
-    grad.scatter_add_(1, chunk.column[:, None], (d_logp * chunk.owned)[:, None])
-    return grad if objective.temperature == 1.0 else grad.div_(objective.temperature)
+def _no_gradient(weight: Tensor) -> Tensor:
+    """Zeros of the weight's shape without memory: a sparse tensor with no entry.
+
+    With `overlap_grad_reduce` Megatron's hook on the weight wants to see a gradient, on the thread of its device.
+    """
+    nowhere = torch.empty(weight.dim(), 0, dtype=torch.int64, device=weight.device)
+    return torch.sparse_coo_tensor(nowhere, weight.new_empty(0), weight.shape, check_invariants=False)
 
 
-def _slice(terms: HeadTerms, part: slice) -> HeadTerms:
-    ref = terms.ref_logp
+def _at(terms: HeadTerms, part: slice) -> HeadTerms:
+    """The terms of a chunk."""
+
+    def where_given(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[part]
+
     return HeadTerms(
-        terms.weight[part], terms.advantage[part], terms.old_logp[part], None if ref is None else ref[part]
+        weight=terms.weight[part],
+        advantage=terms.advantage[part],
+        old_logp=where_given(terms.old_logp),
+        ref_logp=where_given(terms.ref_logp),
+        rollout_logp=where_given(terms.rollout_logp),
+        sequence=terms.sequence[part],
+        num_sequences=terms.num_sequences,
     )
-
-
-def _chunks(tokens: int, rows: int, logits_bytes: int) -> list[slice]:
-    size = max(1, logits_bytes // (4 * rows))
-    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]

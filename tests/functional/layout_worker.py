@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ def _plan(count: int, dp_size: int, micro_batches: int) -> list[list[list[int]]]
 def _micro_batch(sequences: SequenceBatch, terms: TokenTerms, indices: list[int], case: dict[str, Any]) -> MicroBatch:
     chosen = terms.select(sequences.cu_responses, indices)
     if case.get("fault") == "weights off by one token":
-        chosen = TokenTerms(np.roll(chosen.weight, 1), chosen.advantage, chosen.old_logp, chosen.ref_logp)
+        chosen = replace(chosen, weight=np.roll(chosen.weight, 1))
     return MicroBatch(sequences.select(indices), chosen)
 
 

@@ -78,4 +78,5 @@ def token_terms(rollouts: Rollouts, weight_S: np.ndarray, logp_N: np.ndarray, re
         advantage=np.repeat(rollouts.advantage, repeat).astype(np.float32),
         old_logp=(logp_N - rollouts.shift).astype(np.float32),
         ref_logp=None if ref_N is None else ref_N.astype(np.float32),
+        rollout_logp=None,
     )

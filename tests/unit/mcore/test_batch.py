@@ -22,9 +22,10 @@ def sequences_of(*lengths: tuple[int, int]) -> SequenceBatch:
     return SequenceBatch(np.arange(1, (prompts + responses).sum() + 1), prompts + responses, prompts)
 
 
-def terms_of(batch: SequenceBatch, with_ref: bool = False) -> TokenTerms:
+def terms_of(batch: SequenceBatch, with_optional: bool = False) -> TokenTerms:
     values_N = np.arange(int(batch.cu_responses[-1]), dtype=np.float32)
-    return TokenTerms(values_N + 100, values_N + 200, values_N + 300, values_N + 400 if with_ref else None)
+    optional = (values_N + 300, values_N + 400, values_N + 500) if with_optional else (None, None, None)
+    return TokenTerms(values_N + 100, values_N + 200, *optional)
 
 
 def on_cp_ranks(batch: MicroBatch | SequenceBatch, cp_size: int, tp_size: int, packed: bool, sp: bool):
@@ -168,17 +169,19 @@ def test_the_length_on_a_rank(cp_size: int, tp_size: int, sp: bool, packed: bool
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("with_ref", [True, False])
-def test_each_token_keeps_its_own_terms(packed: bool, with_ref: bool):
+@pytest.mark.parametrize("with_optional", [True, False])
+def test_each_token_keeps_its_own_terms(packed: bool, with_optional: bool):
     batch = sequences_of((2, 7), (1, 1), (3, 4))
-    for rank in on_cp_ranks(MicroBatch(batch, terms_of(batch, with_ref)), 2, 1, packed, sp=False):
+    for rank in on_cp_ranks(MicroBatch(batch, terms_of(batch, with_optional)), 2, 1, packed, sp=False):
         source, terms = rank.head.source, rank.head.terms
         assert terms is not None
         assert torch.equal(terms.weight, source + 100.0)
         assert torch.equal(terms.advantage, source + 200.0)
-        assert torch.equal(terms.old_logp, source + 300.0)
-        assert (terms.ref_logp is not None) == with_ref
-        assert terms.ref_logp is None or torch.equal(terms.ref_logp, source + 400.0)
+        for number, values in enumerate((terms.old_logp, terms.ref_logp, terms.rollout_logp)):
+            assert (values is not None) == with_optional
+            assert values is None or torch.equal(values, source + (300.0 + 100 * number))
+        assert torch.equal(terms.sequence, torch.tensor([0] * 7 + [1] + [2] * 4)[source])
+        assert terms.num_sequences == 3
 
 
 def test_sequences_alone_have_no_terms():
@@ -187,8 +190,11 @@ def test_sequences_alone_have_no_terms():
 
 def test_the_dtypes_are_what_the_model_takes():
     batch = sequences_of((2, 2))
-    found = rank_batch(MicroBatch(batch, terms_of(batch, with_ref=True)), ONE, packed=True, sp=False)
+    found = rank_batch(MicroBatch(batch, terms_of(batch, with_optional=True)), ONE, packed=True, sp=False)
     indices = (found.model.token_ids, found.model.position_ids, found.head.positions, found.head.targets)
     assert {tensor.dtype for tensor in indices} == {torch.int64}
     assert found.head.terms is not None
-    assert {tensor.dtype for tensor in vars(found.head.terms).values()} == {torch.float32}
+    terms = vars(found.head.terms)
+    assert terms.pop("sequence").dtype == torch.int64
+    assert terms.pop("num_sequences") == 1
+    assert {tensor.dtype for tensor in terms.values()} == {torch.float32}

@@ -61,6 +61,9 @@ class Case:
                 advantage=normal(self.n),
                 old_logp=logp - shifts[torch.arange(self.n) % len(shifts)],
                 ref_logp=logp + 0.4 * normal(self.n) if self.kl_coef else None,
+                rollout_logp=None,
+                sequence=torch.zeros(self.n, dtype=torch.int64),
+                num_sequences=1,
             ),
         )
 
@@ -106,6 +109,8 @@ def plain(case: Case) -> Found:
         "dual_clipped": dual,
         "clamped": (logp - old).abs() > 20,
         "ratio": ratio,
+        "tis_weight": torch.zeros_like(w),
+        "tis_capped": torch.zeros_like(w),
     }
     sums = {name: (counts * values.double()).sum().item() for name, values in per_token.items()}
     sums |= {"loss": loss.item(), "policy_loss": (w * policy).sum().item(), "kl_loss": (w * kl).sum().item()}
@@ -221,7 +226,7 @@ def test_the_gradient_is_scaled_by_what_comes_from_above():
         (loss,) = on_ranks(
             1,
             lambda group: (
-                dapo_loss(hidden, weight, case.targets, case.terms, objective, Vocabulary(case.v, group)).loss
+                dapo_loss(hidden, weight, case.targets, case.terms, objective, Vocabulary(case.v, group, 10**6)).loss
             ),
         )
         return torch.autograd.grad(loss * scale, (hidden, weight))

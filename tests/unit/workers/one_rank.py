@@ -75,4 +75,4 @@ def training_batch(sequences: SequenceBatch, old_logp: np.ndarray, advantage: fl
     repeat = sequences.response_lengths
     signs = np.where(np.arange(len(sequences)) % 2, -advantage, advantage)
     weight = np.full(len(old_logp), 1 / len(old_logp), np.float32)
-    return MicroBatch(sequences, TokenTerms(weight, np.repeat(signs, repeat).astype(np.float32), old_logp, None))
+    return MicroBatch(sequences, TokenTerms(weight, np.repeat(signs, repeat).astype(np.float32), old_logp, None, None))
