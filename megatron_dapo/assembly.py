@@ -87,6 +87,7 @@ def policy_settings(config: RunConfig) -> PolicySettings:
     section = config.actor_rollout_ref
     actor = section.actor
     rules = _rules(config)
+    clip = actor.gspo if actor.gspo.enable else actor
     return PolicySettings(
         model_path=section.model.path,
         packed=section.model.use_remove_padding,
@@ -94,8 +95,10 @@ def policy_settings(config: RunConfig) -> PolicySettings:
         optim=actor.optim,
         grad_clip=actor.grad_clip,
         objective=Objective(
-            PolicyLossConfig(actor.clip_ratio_low, actor.clip_ratio_high, actor.clip_ratio_c),
+            PolicyLossConfig(clip.clip_ratio_low, clip.clip_ratio_high, actor.clip_ratio_c),
             temperature=section.rollout.temperature,
+            tis_cap=actor.rollout_correction.tis_cap,
+            ratio="sequence" if actor.gspo.enable else "token",
             entropy_coeff=actor.entropy_coeff,
             kl_coef=actor.kl_loss_coef if rules.kl_in_loss else 0.0,
             kl_kind=actor.kl_loss_type,

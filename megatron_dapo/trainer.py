@@ -18,15 +18,19 @@ from megatron_dapo.interrupts import Interrupts
 from megatron_dapo.mcore.optimizer import learning_rate
 from megatron_dapo.obs.loggers import Loggers
 from megatron_dapo.obs.memory import memory_metrics
-from megatron_dapo.obs.metrics import group_metrics, sampling_metrics, throughput_metrics, update_metrics
+from megatron_dapo.obs.metrics import (
+    group_metrics,
+    sampling_metrics,
+    throughput_metrics,
+    update_metrics,
+)
 from megatron_dapo.obs.samples import SampleLog
 from megatron_dapo.obs.timers import Timers
 from megatron_dapo.rewards.failure_rate import RewardFailureRateError
 from megatron_dapo.rewards.guarded import GuardedPool
 from megatron_dapo.sync.embedded import WeightSync
 from megatron_dapo.training_step import PreparedStep, StepRules, prepare_step
-from megatron_dapo.workers.policy import UpdateStats
-from megatron_dapo.workers.policy_group import PolicyGroup
+from megatron_dapo.workers.policy_group import PolicyGroup, UpdateResult
 from megatron_dapo.workers.rollout import RolloutFleet
 
 
@@ -47,7 +51,7 @@ class Progress:
         """The version of the weights that write the next step's responses."""
         return self.step
 
-    def after(self, updates: Sequence[UpdateStats]) -> Progress:
+    def after(self, updates: Sequence[UpdateResult]) -> Progress:
         """One training step later."""
         good = [update.applied for update in updates]
         trailing_bad = next((i for i, applied in enumerate(reversed(good)) if applied), None)
@@ -113,14 +117,15 @@ class Trainer:
         batch, generated = self._rollout()
         if not batch.groups:
             return False
-        prepared = prepare_step(batch.groups, self.progress.weight_version, self.policy, self.rules, self.timers)
+        prepared = prepare_step(batch.groups, self.policy, self.rules, self.timers)
         with self.timers.phase("update"):
             lr = learning_rate(self.optim, self.progress.step, self.total_steps)
-            updates = list(self.policy.update([update.ranks for update in prepared.updates], lr))
+            updates = list(self.policy.update(prepared.updates, lr, report_first=prepared.measured_later))
+        mismatch = prepared.mismatch(self.progress.weight_version, updates[0].logp)
         self.progress = self.progress.after(updates)
         with self.timers.phase("sync"):
             self.sync.push(self.progress.weight_version)
-        metrics = _metrics(batch, prepared, updates, lr)
+        metrics = _metrics(batch, prepared, updates, lr) | ({} if mismatch is None else mismatch.metrics())
         if self._due(self.config.test_freq) and self.evaluator is not None:
             metrics |= self._evaluate()
         self.sample_log.write(self.progress.step, prepared.groups)
@@ -161,12 +166,12 @@ class Trainer:
         return seconds | speed | memory_metrics()
 
 
-def _metrics(batch: StepGroups, prepared: PreparedStep, updates: Sequence[UpdateStats], lr: float) -> dict[str, float]:
+def _metrics(batch: StepGroups, prepared: PreparedStep, updates: Sequence[UpdateResult], lr: float) -> dict[str, float]:
     applied = [update for update in updates if update.applied]
     return (
         group_metrics(prepared.groups)
         | sampling_metrics(asdict(batch.stats))
-        | ({} if prepared.mismatch is None else prepared.mismatch.metrics())
+        | {f"left_out/{what}": count for what, count in prepared.left_out().items()}
         | update_metrics(
             [update.sums for update in applied],
             [update.grad_norm for update in applied],

@@ -43,23 +43,49 @@ class StepRules:
 
     @property
     def weighting(self) -> LossWeighting:
-        return LossWeighting(self.actor.loss_agg_mode, self.actor.loss_scale, self.reward.overlong_filtering)
+        return LossWeighting(
+            self.actor.loss_agg_mode,
+            self.actor.loss_scale,
+            self.reward.overlong_filtering,
+            self.actor.rollout_correction,
+        )
 
 
 @dataclass(frozen=True)
 class PreparedStep:
     groups: tuple[Group, ...]  # with their final rewards
     updates: tuple[Update, ...]  # optimizer updates, epoch by epoch
-    mismatch: Mismatch | None  # trainer against engine; None where every response was carried from an earlier step
+    trainer_logp: FloatArray  # of the weights before the updates: all response tokens, but for `measured_later`
+    measured_later: bool  # the first mini-batch's become known in its own update, and come before `trainer_logp`
+
+    def left_out(self) -> dict[str, int]:
+        """What the step's updates do not train on, summed over them."""
+        return {
+            "truncated_sequences": sum(update.truncated_sequences for update in self.updates),
+            "masked_sequences": sum(update.masked_sequences for update in self.updates),
+            "nonfinite_tokens": sum(update.nonfinite_tokens for update in self.updates),
+        }
+
+    def mismatch(self, weight_version: int, first_logp: FloatArray | None) -> Mismatch | None:
+        """Trainer against engine, over the responses that the weights of `weight_version` wrote; None: there are none.
+
+        Of carried responses the two differ by what was learned since. `first_logp`: of the first mini-batch's tokens,
+        from its update, where they are `measured_later`.
+        """
+        parts = [self.trainer_logp] if first_logp is None else [first_logp, self.trainer_logp]
+        return _against_engine(self.groups, np.concatenate(parts), weight_version)
 
 
-def prepare_step(
-    groups: Sequence[Group], weight_version: int, policy: PolicyGroup, rules: StepRules, timers: Timers
-) -> PreparedStep:
+def prepare_step(groups: Sequence[Group], policy: PolicyGroup, rules: StepRules, timers: Timers) -> PreparedStep:
     """Everything up to the updates. Rewards get their KL here unless the sampler has put it in already."""
     sequences = SequenceBatch.from_groups(groups)
     with timers.phase("old_log_prob"):
-        old_logp_N = policy.log_probs(sequences)
+        trainer_logp = _trainer_log_probs(groups, sequences, policy, rules.actor)
+    if rules.actor.old_log_prob == "rollout":
+        old_logp_N = np.concatenate([sample.completion.logprobs for group in groups for sample in group.samples])
+    else:  # a first mini-batch that is its own old policy has none
+        unknown = int(sequences.cu_responses[-1]) - len(trainer_logp)
+        old_logp_N = np.concatenate([np.zeros(unknown, np.float32), trainer_logp])
     kl_in_reward = rules.kl_in_reward and not _filters_on_final_reward(rules.algorithm)
     ref_logp_N = None
     if kl_in_reward or rules.kl_in_loss:
@@ -73,7 +99,7 @@ def prepare_step(
     updates = _updates(
         groups, advantages_S, old_logp_N, ref_logp_N if rules.kl_in_loss else None, sequences, policy, rules
     )
-    return PreparedStep(tuple(groups), updates, _against_engine(groups, sequences, old_logp_N, weight_version))
+    return PreparedStep(tuple(groups), updates, trainer_logp, measured_later=rules.actor.old_log_prob != "recompute")
 
 
 def with_kl_in_reward(
@@ -99,17 +125,33 @@ def final_rewards(groups: Sequence[Group], policy: PolicyGroup, config: Algorith
     return with_kl_in_reward(groups, policy.log_probs(sequences), policy.reference_log_probs(sequences), config)
 
 
-def _against_engine(
-    groups: Sequence[Group], sequences: SequenceBatch, logp_N: FloatArray, weight_version: int
-) -> Mismatch | None:
-    """Over the responses that the present weights wrote: of carried ones the two differ by what was learned since."""
-    samples = [sample for group in groups for sample in group.samples]
-    fresh = [i for i, sample in enumerate(samples) if sample.completion.weight_version == weight_version]
+def _trainer_log_probs(
+    groups: Sequence[Group], sequences: SequenceBatch, policy: PolicyGroup, actor: ActorConfig
+) -> FloatArray:
+    """Of as many of the step's last response tokens as have to be known before the updates."""
+    first = {
+        "recompute": 0,
+        "rollout": len(sequences),
+        "first_minibatch_free": sum(len(group.samples) for group in groups[: actor.ppo_mini_batch_size]),
+    }[actor.old_log_prob]
+    rest = range(first, len(sequences))
+    return policy.log_probs(sequences.select(rest)) if rest else np.zeros(0, np.float32)
+
+
+def _against_engine(groups: Sequence[Group], logp: FloatArray, weight_version: int) -> Mismatch | None:
+    """`logp`: of the first whole responses of the step, as many as are known."""
+    completions = [sample.completion for group in groups for sample in group.samples]
+    offsets = np.concatenate([[0], np.cumsum([len(completion.token_ids) for completion in completions])])
+    fresh = [
+        i
+        for i, completion in enumerate(completions)
+        if completion.weight_version == weight_version and offsets[i + 1] <= len(logp)
+    ]
     if not fresh:
         return None
-    engine_logp_N = np.concatenate([samples[i].completion.logprobs for i in fresh])
-    offsets = np.concatenate([[0], np.cumsum(sequences.response_lengths[fresh])])
-    return mismatch(take_ragged(logp_N, sequences.cu_responses, fresh), engine_logp_N, offsets)
+    engine_logp = np.concatenate([completions[i].logprobs for i in fresh])
+    lengths = offsets[np.array(fresh) + 1] - offsets[fresh]
+    return mismatch(take_ragged(logp, offsets, fresh), engine_logp, np.concatenate([[0], np.cumsum(lengths)]))
 
 
 def _filters_on_final_reward(algorithm: AlgorithmConfig) -> bool:
@@ -126,6 +168,7 @@ def _updates(
     rules: StepRules,
 ) -> tuple[Update, ...]:
     """Mini-batches of whole groups in accepted order; each epoch goes over the same ones again."""
+    own_old_policy = rules.actor.old_log_prob == "first_minibatch_free"
     updates, first = [], 0
     for mini_batch in mini_batches(groups, rules.actor.ppo_mini_batch_size):
         last = first + sum(len(group.samples) for group in mini_batch)
@@ -133,7 +176,7 @@ def _updates(
         batch = MiniBatch.from_groups(
             mini_batch,
             advantages_S[first:last],
-            old_logp_N[tokens],
+            None if own_old_policy and first == 0 else old_logp_N[tokens],
             None if ref_logp_N is None else ref_logp_N[tokens],
         )
         updates.append(build_update(batch, policy.plan(batch.sequences.lengths), rules.weighting))

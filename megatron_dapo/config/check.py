@@ -26,6 +26,7 @@ def check(config: RunConfig, world_size: int) -> None:
     _check_batches(config, world_size)
     _check_token_limits(config)
     _check_groups(config)
+    _check_kl_in_reward(config)
     if config.trainer.test_freq > 0 and not config.data.val_files:
         raise ConfigError(
             f"trainer.test_freq is {config.trainer.test_freq} and data.val_files is empty: "
@@ -122,6 +123,15 @@ def _check_groups(config: RunConfig) -> None:
         raise ConfigError(
             f"reward_model.overlong_buffer.len is {buffer.len} tokens, more than data.max_response_length {longest}: "
             f"the buffer is the last part of a response; use at most {longest}"
+        )
+
+
+def _check_kl_in_reward(config: RunConfig) -> None:
+    if config.algorithm.use_kl_in_reward and config.actor_rollout_ref.actor.old_log_prob == "first_minibatch_free":
+        raise ConfigError(
+            "algorithm.use_kl_in_reward is true and actor_rollout_ref.actor.old_log_prob is first_minibatch_free: the "
+            "KL of the first mini-batch's rewards needs log-probs that are not computed; use old_log_prob=recompute, "
+            "or a KL in the loss (actor.use_kl_loss)"
         )
 
 

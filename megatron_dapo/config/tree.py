@@ -14,6 +14,7 @@ from megatron_dapo.config.bounds import ConfigError, above, at_least, at_most
 LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
 LossScale = Literal["global", "group", "reference"]
 KLPenalty = Literal["kl", "abs", "mse", "low_var_kl"]
+OldLogProb = Literal["recompute", "rollout", "first_minibatch_free"]
 OnExhausted = Literal["carry", "error", "stop"]
 Surplus = Literal["carry", "discard"]
 
@@ -167,6 +168,39 @@ class MegatronConfig:
 
 
 @dataclass(frozen=True)
+class SequenceRatioConfig:
+    """GSPO (arXiv 2507.18071): one ratio a sequence, the geometric mean of its tokens', with its own clip."""
+
+    enable: bool = False
+    clip_ratio_low: float = 3e-4
+    clip_ratio_high: float = 4e-4
+
+    def __post_init__(self) -> None:
+        above(self, 0, "clip_ratio_low", "clip_ratio_high")
+
+
+@dataclass(frozen=True)
+class RolloutCorrectionConfig:
+    """For log-probs of engine and trainer that differ. Detached weights from old / rollout probability."""
+
+    tis_cap: float | None = None  # truncated importance sampling: a token's policy loss times min(ratio, tis_cap)
+    mis_low: float | None = None  # masked: a sequence whose ratio (the geometric mean over its tokens) is below it
+    mis_high: float | None = None  # or above this one
+
+    @property
+    def masks(self) -> bool:
+        return self.mis_low is not None or self.mis_high is not None
+
+    def __post_init__(self) -> None:
+        if self.tis_cap is not None:
+            above(self, 0, "tis_cap")
+        for name, bad in (("mis_low", (self.mis_low or 0) >= 1), ("mis_high", (self.mis_high or 2) <= 1)):
+            if bad or (getattr(self, name) or 0) < 0:
+                side = "from 0 to below 1" if name == "mis_low" else "above 1"
+                raise ConfigError(f"{name} is {getattr(self, name)}: wanted {side}, so that a ratio of 1 is kept")
+
+
+@dataclass(frozen=True)
 class ActorConfig:
     ppo_mini_batch_size: int = 64  # prompts an optimizer update
     ppo_epochs: int = 1
@@ -178,6 +212,9 @@ class ActorConfig:
     clip_ratio_c: float = 10.0
     loss_agg_mode: LossAggMode = "token-mean"
     loss_scale: LossScale = "global"
+    old_log_prob: OldLogProb = "recompute"  # whose log-probs the ratio is taken against; see docs/algorithm.md
+    rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
+    gspo: SequenceRatioConfig = field(default_factory=SequenceRatioConfig)
     entropy_coeff: float = 0.0
     use_kl_loss: bool = False
     kl_loss_coef: float = 0.0
@@ -196,6 +233,26 @@ class ActorConfig:
             raise ConfigError(
                 "ppo_micro_batch_size_per_gpu is absent and use_dynamic_bsz is false: "
                 "give the sequences of a micro-batch, or set use_dynamic_bsz=true"
+            )
+        self._check_old_log_prob()
+
+    def _check_old_log_prob(self) -> None:
+        correction = self.rollout_correction
+        if self.old_log_prob == "rollout" and (correction.masks or correction.tis_cap is not None):
+            raise ConfigError(
+                "old_log_prob is rollout, whose ratio is taken against the engine's log-probs already, and "
+                "rollout_correction is set: leave that out, or use old_log_prob=recompute"
+            )
+        if self.old_log_prob == "first_minibatch_free" and correction.masks:
+            raise ConfigError(
+                "old_log_prob is first_minibatch_free and rollout_correction masks sequences: what a token weighs "
+                "depends on which sequences are masked, and the first mini-batch's log-probs are not known before its "
+                "pass; use old_log_prob=recompute, or tis_cap alone"
+            )
+        if self.old_log_prob == "first_minibatch_free" and self.ppo_epochs > 1:
+            raise ConfigError(
+                f"old_log_prob is first_minibatch_free with ppo_epochs {self.ppo_epochs}: in the second epoch the "
+                "first mini-batch is no longer its own old policy; use old_log_prob=recompute, or ppo_epochs=1"
             )
 
 

@@ -7,13 +7,14 @@ meet. Axes: `S` sequences of the mini-batch, `N` its response tokens back to bac
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dapo.algo.aggregation import SequenceLayout, sequence_weights
-from megatron_dapo.config.tree import LossAggMode, LossScale
+from megatron_dapo.algo.rollout_correction import outside_band
+from megatron_dapo.config.tree import LossAggMode, LossScale, RolloutCorrectionConfig
 from megatron_dapo.data.packing import Plan
 from megatron_dapo.types import FloatArray, Group, IntArray, MicroBatch, SequenceBatch, TokenTerms
 
@@ -33,14 +34,15 @@ class MiniBatch:
     group_ids: IntArray  # [S]
     truncated: NDArray[np.bool_]  # [S] ended by the length limit
     advantages: NDArray[np.floating]  # [S]
-    old_logp: FloatArray  # [N]
+    old_logp: FloatArray | None  # [N]; None: the mini-batch is its own old policy
     ref_logp: FloatArray | None  # [N], where a KL term is part of the loss
+    rollout_logp: FloatArray  # [N] the engine's
 
     @staticmethod
     def from_groups(
         groups: Sequence[Group],
         advantages: NDArray[np.floating],
-        old_logp: FloatArray,
+        old_logp: FloatArray | None,
         ref_logp: FloatArray | None = None,
     ) -> MiniBatch:
         """The groups' samples in order, as in `SequenceBatch.from_groups`.
@@ -67,6 +69,7 @@ class MiniBatch:
             advantages=advantages,
             old_logp=old_logp,
             ref_logp=ref_logp,
+            rollout_logp=np.concatenate([s.completion.logprobs for g in groups for s in g.samples]),
         )
 
 
@@ -77,6 +80,7 @@ class LossWeighting:
     agg_mode: LossAggMode
     scale: LossScale
     overlong_filtering: bool  # truncated responses weigh nothing
+    correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
 
 
 @dataclass(frozen=True)
@@ -84,17 +88,21 @@ class Update:
     """One optimizer update's work, and how much of the mini-batch counts in it."""
 
     ranks: tuple[tuple[MicroBatch, ...], ...]  # [data-parallel rank][micro-batch], as many on each rank
+    plan: Plan  # which sequences of the mini-batch these hold
+    cu_responses: IntArray  # [S+1] where each response of the mini-batch starts among its tokens
     tokens: int  # response tokens that count; with 0 every gradient is 0
     truncated_sequences: int  # left out by overlong filtering
-    nonfinite_tokens: int  # left out because their old or reference log-prob is not finite
+    masked_sequences: int  # left out because engine and trainer differ too much about them
+    nonfinite_tokens: int  # left out because one of their log-probs is not finite
 
 
 def build_update(batch: MiniBatch, plan: Plan, weighting: LossWeighting) -> Update:
     """The micro-batches of `plan`, each token with its weight: their weighted losses sum to the mini-batch's loss.
 
-    A token whose old or reference log-prob is not finite gets weight 0 before denominators are taken, and log-prob 0,
-    so that no NaN spreads. A micro-batch that the plan leaves empty gets the last prompt and the first response token
-    of the shortest sequence, with weight 0: every rank then runs as many passes.
+    A token with a log-prob that is used and not finite gets weight 0 before denominators are taken, and log-prob 0, so
+    that no NaN spreads; so do all tokens of a sequence that is filtered or masked. A micro-batch that the plan leaves
+    empty gets the last prompt and the first response token of the shortest sequence, with weight 0: every rank then
+    runs as many passes.
 
     Raises:
         ValueError: `plan` does not hold each sequence exactly once.
@@ -102,26 +110,40 @@ def build_update(batch: MiniBatch, plan: Plan, weighting: LossWeighting) -> Upda
     sequences = batch.sequences
     layout = _layout(plan, len(sequences))
     sequence_N = np.repeat(np.arange(len(sequences)), sequences.response_lengths)
-    finite_N = np.isfinite(batch.old_logp)
-    if batch.ref_logp is not None:
-        finite_N &= np.isfinite(batch.ref_logp)
+    correction = weighting.correction
+    rollout_logp = None if correction.tis_cap is None else batch.rollout_logp
+    used = [logp for logp in (batch.old_logp, batch.ref_logp, rollout_logp) if logp is not None]
+    finite_N = np.ones(len(sequence_N), np.bool_)
+    for logp in used:
+        finite_N &= np.isfinite(logp)
     filtered_S = batch.truncated & weighting.overlong_filtering
-    counts_N = finite_N & ~filtered_S[sequence_N]
+    masked_S = np.zeros(len(sequences), np.bool_)
+    if batch.old_logp is not None and correction.masks:
+        log_ratio_N = batch.old_logp - batch.rollout_logp
+        masked_S = outside_band(log_ratio_N, sequence_N, len(sequences), correction.mis_low, correction.mis_high)
+    counts_N = finite_N & ~(filtered_S | masked_S)[sequence_N]
     counts_S = np.bincount(sequence_N[counts_N], minlength=len(sequences))
     weight_S = sequence_weights(weighting.agg_mode, weighting.scale, counts_S, batch.group_ids, layout=layout)
     terms = TokenTerms(
         weight=np.where(counts_N, weight_S[sequence_N], 0).astype(np.float32),
         advantage=batch.advantages[sequence_N].astype(np.float32),
-        old_logp=np.where(finite_N, batch.old_logp, 0).astype(np.float32),
-        ref_logp=None if batch.ref_logp is None else np.where(finite_N, batch.ref_logp, 0).astype(np.float32),
-        rollout_logp=None,
+        old_logp=_zero_unless(finite_N, batch.old_logp),
+        ref_logp=_zero_unless(finite_N, batch.ref_logp),
+        rollout_logp=_zero_unless(finite_N, rollout_logp),
     )
     return Update(
         ranks=tuple(tuple(_micro_batch(sequences, terms, indices) for indices in rank) for rank in plan),
+        plan=plan,
+        cu_responses=sequences.cu_responses,
         tokens=int(counts_N.sum()),
         truncated_sequences=int(filtered_S.sum()),
+        masked_sequences=int(masked_S.sum()),
         nonfinite_tokens=int((~finite_N).sum()),
     )
+
+
+def _zero_unless(finite_N: NDArray[np.bool_], logp_N: FloatArray | None) -> FloatArray | None:
+    return None if logp_N is None else np.where(finite_N, logp_N, 0).astype(np.float32)
 
 
 def _layout(plan: Plan, sequences: int) -> SequenceLayout:

@@ -51,16 +51,21 @@ class UpdateShard:
 
     mini_batches: tuple[tuple[MicroBatch, ...], ...]
     lr: float
+    report_first: bool = False  # the log-probs that the first mini-batch's tokens have in its own pass
 
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """One optimizer update. `sums` (mcore.fused_loss.SUMS) are this data-parallel replica's: add them up."""
+    """One optimizer update. `sums` (mcore.fused_loss.SUMS) are this data-parallel replica's: add them up.
+
+    `tokens`: of each of the replica's micro-batches, where they were asked for.
+    """
 
     applied: bool
     grad_norm: float
     lr: float
     sums: dict[str, float]
+    tokens: tuple[TokenStats, ...] = ()
 
 
 class PolicyWorker:
@@ -95,12 +100,13 @@ class PolicyWorker:
 
     def update(self, shard: UpdateShard) -> Iterator[UpdateStats]:
         """One optimizer update a mini-batch; nothing is yielded on ranks that do not report."""
-        for micro_batches in shard.mini_batches:
+        for number, micro_batches in enumerate(shard.mini_batches):
             zero_gradients(self.modules, self.optimizer)
             result = forward_backward(self.model, micro_batches)
             outcome = apply_update(self.optimizer, shard.lr, result.sums["loss"])
             if self.layout.reports:
-                yield UpdateStats(outcome.applied, outcome.grad_norm, shard.lr, result.sums)
+                tokens = tuple(result.tokens) if shard.report_first and number == 0 else ()
+                yield UpdateStats(outcome.applied, outcome.grad_norm, shard.lr, result.sums, tokens)
         gather_parameters(self.modules, self.settings.megatron)
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:

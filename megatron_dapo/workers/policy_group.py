@@ -5,17 +5,19 @@ Which rank computes what is decided here and in `data/packing.py`; the trainer d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
 
+from megatron_dapo.data.minibatch import Update
 from megatron_dapo.data.packing import Plan, plan_micro_batches
 from megatron_dapo.mcore.parallel import RankLayout
 from megatron_dapo.mcore.schedule import TokenStats
 from megatron_dapo.runtime.group import WorkerGroup
-from megatron_dapo.types import FloatArray, IntArray, MicroBatch, SequenceBatch
+from megatron_dapo.types import FloatArray, IntArray, SequenceBatch
 from megatron_dapo.workers.policy import PolicyWorker, UpdateShard, UpdateStats
 
 
@@ -38,6 +40,17 @@ class PassLimits:
     reference: MicroBatchLimits
 
 
+@dataclass(frozen=True)
+class UpdateResult:
+    """One optimizer update over all ranks."""
+
+    applied: bool
+    grad_norm: float
+    lr: float
+    sums: dict[str, float]
+    logp: FloatArray | None = None  # [N] of the mini-batch's tokens under the weights before it, where asked for
+
+
 class PolicyGroup:
     """All ranks of the policy behind one object on the driver."""
 
@@ -58,10 +71,13 @@ class PolicyGroup:
         """Which sequence of a mini-batch goes to which data-parallel rank and micro-batch."""
         return _plan(lengths, self.dp_size, self._limits.update)
 
-    def update(self, mini_batches: Sequence[Sequence[Sequence[MicroBatch]]], lr: float) -> Iterator[UpdateStats]:
-        """One optimizer update for each mini-batch [mini-batch][data-parallel rank][micro-batch], as they are done."""
+    def update(self, updates: Sequence[Update], lr: float, report_first: bool = False) -> Iterator[UpdateResult]:
+        """The optimizer updates in their order, as they are done.
+
+        `report_first`: the first one's result tells the log-probs of its tokens under the weights before it.
+        """
         shards = [
-            UpdateShard(tuple(tuple(mini_batch[layout.dp_rank]) for mini_batch in mini_batches), lr)
+            UpdateShard(tuple(update.ranks[layout.dp_rank] for update in updates), lr, report_first)
             for layout in self._layouts
         ]
         waiting: dict[int, list[UpdateStats]] = {}
@@ -69,7 +85,9 @@ class PolicyGroup:
             waiting.setdefault(rank, []).append(stats)
             if len(waiting) == self.dp_size and all(waiting.values()):
                 # In the order of ranks, not of arrival: sums of floats depend on it.
-                yield _merged([waiting[rank].pop(0) for rank in sorted(waiting)])
+                replicas = [(self._layouts[rank].dp_rank, waiting[rank].pop(0)) for rank in sorted(waiting)]
+                yield _merged(replicas, updates[0] if report_first else None)
+                report_first = False
 
     def save(self, path: str) -> None:
         """Write model and optimizer into the folder `path`."""
@@ -91,13 +109,9 @@ class PolicyGroup:
             for layout in self._layouts
         ]
         found: list[list[TokenStats]] = self._group.call(method, shards)
-        logp = np.zeros(int(sequences.cu_responses[-1]), np.float32)
-        offsets = sequences.cu_responses
-        for layout, stats in zip(self._layouts, found, strict=True):
-            if layout.reports:
-                for indices, micro_batch in zip(plan[layout.dp_rank], stats, strict=True):
-                    _scatter(logp, offsets, indices, micro_batch.logp)
-        return logp
+        replicas = [(layout.dp_rank, stats) for layout, stats in zip(self._layouts, found, strict=True)]
+        reports = [layout.reports for layout in self._layouts]
+        return _in_order(compress(replicas, reports), plan, sequences.cu_responses)
 
 
 def _plan(lengths: IntArray, dp_size: int, limits: MicroBatchLimits) -> Plan:
@@ -111,6 +125,15 @@ def _plan(lengths: IntArray, dp_size: int, limits: MicroBatchLimits) -> Plan:
     )
 
 
+def _in_order(replicas: Iterable[tuple[int, Sequence[TokenStats]]], plan: Plan, cu_responses: IntArray) -> FloatArray:
+    """[N] the log-probs that data-parallel ranks found for the micro-batches of `plan`, sequence by sequence."""
+    logp = np.zeros(int(cu_responses[-1]), np.float32)
+    for dp_rank, stats in replicas:
+        for indices, micro_batch in zip(plan[dp_rank], stats, strict=True):
+            _scatter(logp, cu_responses, indices, micro_batch.logp)
+    return logp
+
+
 def _scatter(into: FloatArray, offsets: IntArray, indices: Sequence[int], values: FloatArray) -> None:
     start = 0
     for index in indices:
@@ -119,8 +142,11 @@ def _scatter(into: FloatArray, offsets: IntArray, indices: Sequence[int], values
         start = stop
 
 
-def _merged(replicas: Sequence[UpdateStats]) -> UpdateStats:
+def _merged(replicas: Sequence[tuple[int, UpdateStats]], reported: Update | None) -> UpdateResult:
     """Sums are added over data-parallel replicas; the rest is the same on all."""
-    first = replicas[0]
-    sums = {name: sum(stats.sums[name] for stats in replicas) for name in first.sums}
-    return UpdateStats(first.applied, first.grad_norm, first.lr, sums)
+    first = replicas[0][1]
+    sums = {name: sum(stats.sums[name] for _, stats in replicas) for name in first.sums}
+    logp = None
+    if reported is not None:
+        logp = _in_order([(dp, stats.tokens) for dp, stats in replicas], reported.plan, reported.cu_responses)
+    return UpdateResult(first.applied, first.grad_norm, first.lr, sums, logp)

@@ -15,6 +15,7 @@ from megatron_dapo.config.tree import (
     FilterGroupsConfig,
     KLControlConfig,
     RewardModelConfig,
+    RolloutCorrectionConfig,
 )
 from megatron_dapo.data.packing import Plan, plan_micro_batches
 from megatron_dapo.obs.timers import Timers
@@ -59,11 +60,16 @@ class WrittenPolicy:
     groups: Sequence[Group]
     over_engine: float | FloatArray = 0.0
     over_reference: float | FloatArray = 0.0
+    skipped: int = 0  # sequences at the step's start that nobody should ask about
     calls: list[str] = field(default_factory=list)
 
     def log_probs(self, sequences: SequenceBatch) -> FloatArray:
         self.calls.append("policy")
-        assert (sequences.token_ids == SequenceBatch.from_groups(self.groups).token_ids).all()
+        whole = SequenceBatch.from_groups(self.groups)
+        assert (sequences.token_ids == whole.token_ids[whole.cu_seqlens[self.skipped] :]).all()
+        return self.true_logp()[whole.cu_responses[self.skipped] :]
+
+    def true_logp(self) -> FloatArray:
         return (engine_logp(self.groups) + self.over_engine).astype(np.float32)
 
     def reference_log_probs(self, sequences: SequenceBatch) -> FloatArray:
@@ -79,7 +85,7 @@ def rules_of(algorithm: AlgorithmConfig | None = None, **actor: object) -> StepR
 
 
 def prepare(policy: WrittenPolicy, rules: StepRules) -> PreparedStep:
-    return prepare_step(policy.groups, VERSION, policy, rules, Timers())
+    return prepare_step(policy.groups, policy, rules, Timers())
 
 
 def rewards_of(groups: Sequence[Group]) -> list[float]:
@@ -112,7 +118,7 @@ def test_the_mismatch_with_the_engine_leaves_carried_responses_out():
     """Draw 2 was written by the weights before, so its gap is what was learned since, not an error."""
     groups = (GROUPS[0], group_of(2, [-1, 1, 1], [1, 2, 1], VERSION - 1), GROUPS[2])
     gap = np.array([0.1] * 5 + [9.0] * 4 + [0.3, 0.2], np.float32)
-    found = prepare(WrittenPolicy(groups, gap), rules_of()).mismatch
+    found = prepare(WrittenPolicy(groups, gap), rules_of()).mismatch(VERSION, None)
     assert found is not None
     assert found.logp_diff_max == pytest.approx(0.3, rel=1e-5)
     assert found.logp_diff_mean == pytest.approx((5 * 0.1 + 0.3 + 0.2) / 7, rel=1e-5)
@@ -121,7 +127,54 @@ def test_the_mismatch_with_the_engine_leaves_carried_responses_out():
 
 def test_there_is_no_mismatch_where_every_response_was_carried():
     groups = [group_of(1, [1, -1], [2, 3], VERSION - 1)]
-    assert prepare(WrittenPolicy(groups), rules_of()).mismatch is None
+    assert prepare(WrittenPolicy(groups), rules_of()).mismatch(VERSION, None) is None
+
+
+def test_with_the_engines_log_probs_the_trainer_computes_none_and_the_first_update_tells_the_mismatch():
+    policy = WrittenPolicy(GROUPS, over_engine=0.25)
+    prepared = prepare(policy, rules_of(old_log_prob="rollout", ppo_mini_batch_size=1))
+    assert policy.calls == []
+    assert prepared.measured_later
+    old = np.concatenate([update.ranks[0][0].terms.old_logp for update in prepared.updates])
+    assert (old == engine_logp(GROUPS)).all()
+    found = prepared.mismatch(VERSION, policy.true_logp()[:5])  # of group 1, the first mini-batch
+    assert found is not None
+    assert found.logp_diff_mean == pytest.approx(0.25, rel=1e-5)
+    assert found.logp_diff_max == pytest.approx(0.25, rel=1e-5)
+
+
+def test_a_first_mini_batch_that_is_its_own_old_policy_needs_no_pass():
+    gap = np.array([0.1] * 5 + [0.2] * 4 + [0.3] * 2, np.float32)
+    policy = WrittenPolicy(GROUPS, gap, skipped=2)
+    prepared = prepare(policy, rules_of(old_log_prob="first_minibatch_free", ppo_mini_batch_size=1))
+    assert policy.calls == ["policy"]
+    first, *others = prepared.updates
+    assert first.ranks[0][0].terms.old_logp is None
+    assert first.nonfinite_tokens == 0
+    old = np.concatenate([update.ranks[0][0].terms.old_logp for update in others])
+    assert (old == policy.true_logp()[5:]).all()
+    found = prepared.mismatch(VERSION, policy.true_logp()[:5])
+    assert found is not None
+    assert found.logp_diff_mean == pytest.approx(gap.mean(), rel=1e-5)
+    assert found.logp_diff_max == pytest.approx(0.3, rel=1e-5)
+
+
+def test_a_single_mini_batch_that_is_its_own_old_policy_needs_no_pass_at_all():
+    policy = WrittenPolicy(GROUPS)
+    prepared = prepare(policy, rules_of(old_log_prob="first_minibatch_free", ppo_mini_batch_size=3))
+    assert policy.calls == []
+    assert len(prepared.updates) == 1
+    assert prepared.mismatch(VERSION, policy.true_logp()) is not None
+
+
+def test_sequences_that_engine_and_trainer_disagree_about_are_masked_and_counted():
+    """Of group 3 both: a gap of log 1.5 a token, of which group 2's longest response has one and 0 beside it."""
+    gap = np.array([0.0] * 5 + [0.0, np.log(1.5), 0.0, 0.0] + [np.log(1.5)] * 2, np.float32)
+    correction = RolloutCorrectionConfig(mis_high=1.3)
+    prepared = prepare(WrittenPolicy(GROUPS, gap), rules_of(rollout_correction=correction))
+    assert prepared.left_out() == {"truncated_sequences": 0, "masked_sequences": 2, "nonfinite_tokens": 0}
+    weight = prepared.updates[0].ranks[0][0].terms.weight
+    np.testing.assert_allclose(weight, [1 / 9] * 9 + [0, 0], rtol=1e-6)
 
 
 def test_mini_batches_are_whole_groups_in_accepted_order():
@@ -189,5 +242,5 @@ def test_rewards_that_the_sampler_made_final_get_no_second_kl():
 
 def test_the_time_of_each_pass_is_its_own_phase():
     timers = Timers()
-    prepare_step(GROUPS, VERSION, WrittenPolicy(GROUPS), rules_of(IN_REWARD), timers)
+    prepare_step(GROUPS, WrittenPolicy(GROUPS), rules_of(IN_REWARD), timers)
     assert {"seconds/old_log_prob", "seconds/ref_log_prob"} <= timers.flush().keys()

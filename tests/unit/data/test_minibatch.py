@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from megatron_dapo.algo.aggregation import SequenceLayout, sequence_weights
+from megatron_dapo.config.tree import RolloutCorrectionConfig
 from megatron_dapo.data.minibatch import LossWeighting, MiniBatch, build_update, mini_batches
 from megatron_dapo.data.packing import plan_micro_batches
 from megatron_dapo.types import Completion, Group, MicroBatch, Prompt, Sample
@@ -38,7 +41,7 @@ RNG = np.random.default_rng(0)
 ADVANTAGES, OLD, REF = RNG.normal(size=S), RNG.normal(size=N).astype("f4"), RNG.normal(size=N).astype("f4")
 
 
-def batch(old_logp: np.ndarray = OLD, ref_logp: np.ndarray | None = REF) -> MiniBatch:
+def batch(old_logp: np.ndarray | None = OLD, ref_logp: np.ndarray | None = REF) -> MiniBatch:
     return MiniBatch.from_groups(GROUPS, ADVANTAGES, old_logp, ref_logp)
 
 
@@ -63,6 +66,39 @@ def by_token(ranks: tuple[tuple[MicroBatch, ...], ...], name: str) -> dict[int, 
                 assert token not in found
                 found[int(token)] = float(value)
     return found
+
+
+@pytest.mark.parametrize("ratio", ["recompute", "own"])
+def test_truncated_importance_sampling_gets_the_engines_log_probs(ratio: str) -> None:
+    weighting = replace(GLOBAL, correction=RolloutCorrectionConfig(tis_cap=2.0))
+    given = replace(batch(OLD if ratio == "recompute" else None), rollout_logp=REF + 1)
+    update = build_update(given, plan(2), weighting)
+    tokens = [int(t) for g in GROUPS for s in g.samples for t in s.completion.token_ids]
+    assert by_token(update.ranks, "rollout_logp") == dict(zip(tokens, (REF + 1).tolist(), strict=True))
+    olds = [micro_batch.terms.old_logp for rank in update.ranks for micro_batch in rank]
+    assert all((old is None) == (ratio == "own") for old in olds)
+
+
+def test_an_engine_log_prob_that_is_not_finite_counts_only_where_it_is_used() -> None:
+    broken = REF.copy()
+    broken[3] = -np.inf
+    given = replace(batch(), rollout_logp=broken)
+    assert build_update(given, plan(1), GLOBAL).nonfinite_tokens == 0
+    weighting = replace(GLOBAL, correction=RolloutCorrectionConfig(tis_cap=2.0))
+    update = build_update(given, plan(1), weighting)
+    assert (update.nonfinite_tokens, update.tokens) == (1, N - 1)
+
+
+def test_masked_sequences_are_taken_out_before_denominators() -> None:
+    """The first response, 4 tokens, is twice as likely to the trainer as to the engine."""
+    rollout = OLD.copy()
+    rollout[:4] -= np.log(2)
+    weighting = replace(GLOBAL, correction=RolloutCorrectionConfig(mis_low=0.5, mis_high=1.9))
+    update = build_update(replace(batch(), rollout_logp=rollout), plan(1), weighting)
+    assert (update.masked_sequences, update.tokens) == (1, N - 4)
+    weights = by_token(update.ranks, "weight")
+    assert len(weights) == N - 4
+    assert all(weight == pytest.approx(1 / (N - 4)) for weight in weights.values())
 
 
 def test_mini_batches_are_whole_groups_in_order_and_the_last_may_be_smaller() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_dapo.data.minibatch import Update
 from megatron_dapo.mcore.fused_loss import SUMS
 from megatron_dapo.mcore.parallel import RankLayout
 from megatron_dapo.mcore.schedule import TokenStats
@@ -50,7 +51,14 @@ class ScriptedRank:
             self.held = [len(batch.sequences) for batch in micro_batches]
             if self.layout.reports:
                 value = PARTS[self.layout.dp_rank] * 2**number
-                yield UpdateStats(True, 2.0 + number, shard.lr, dict.fromkeys(SUMS, value))
+                asked = shard.report_first and number == 0
+                tokens = tuple(stats_of(batch.sequences) for batch in micro_batches) if asked else ()
+                yield UpdateStats(True, 2.0 + number, shard.lr, dict.fromkeys(SUMS, value), tokens)
+
+
+def update_of(ranks: Sequence[Sequence[MicroBatch]]) -> Update:
+    """An update of these micro-batches, without what only its log-probs or metrics are read from."""
+    return Update(tuple(map(tuple, ranks)), (), np.zeros(1, np.int64), 0, 0, 0, 0)
 
 
 def stats_of(batch: SequenceBatch) -> TokenStats:
@@ -135,19 +143,37 @@ def test_every_stage_of_a_replica_gets_the_replicas_own_shard():
         for rank in plan
     ]
     assert [len(rank) for rank in ranks] == [3, 3]
-    list(policy.update([ranks], lr=0.5))
+    list(policy.update([update_of(ranks)], lr=0.5))
     held = [[len(batch.sequences) for batch in rank] for rank in ranks]
     assert [rank.held for rank in group.ranks] == held * PP_SIZE
 
 
 @pytest.mark.parametrize("arrival", [[0, 1, 2, 3, 4, 5], [5, 0, 4, 1, 3, 2], [3, 5, 4, 2, 1, 0]])
 def test_an_update_is_reported_once_with_the_sums_of_all_replicas_in_one_order(arrival: list[int]):
-    nothing: list[list[MicroBatch]] = [[], [], []]
+    nothing = update_of([[], [], []])
     found = list(group_over(scripted(3, arrival)).update([nothing, nothing], lr=0.5))
     assert [(stats.applied, stats.grad_norm, stats.lr) for stats in found] == [(True, 2.0, 0.5), (True, 3.0, 0.5)]
     for number, stats in enumerate(found):
         assert stats.sums == dict.fromkeys(SUMS, (PARTS[0] + PARTS[1] + PARTS[2]) * 2**number)
     assert PARTS[0] + PARTS[1] + PARTS[2] != PARTS[2] + PARTS[1] + PARTS[0]
+
+
+@pytest.mark.parametrize("arrival", [[0, 1, 2, 3], [3, 1, 2, 0]])
+def test_the_first_update_tells_its_tokens_log_probs_in_the_order_of_the_mini_batch(arrival: list[int]):
+    policy = group_over(scripted(2, arrival), tokens=None, sequences=2)
+    plan = policy.plan(SEQUENCES.lengths)
+    logp = stats_of(SEQUENCES).logp
+    terms = training_batch(SEQUENCES, logp).terms
+    ranks = [
+        [MicroBatch(SEQUENCES.select(held), terms.select(SEQUENCES.cu_responses, held)) for held in rank]
+        for rank in plan
+    ]
+    update = replace(update_of(ranks), plan=plan, cu_responses=SEQUENCES.cu_responses)
+    first, second = policy.update([update, update], lr=0.5, report_first=True)
+    assert first.logp is not None
+    assert (first.logp == logp).all()
+    assert second.logp is None
+    assert [found.logp for found in policy.update([update], lr=0.5)] == [None]
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +206,7 @@ def test_a_group_of_one_updates_mini_batch_by_mini_batch(alone: Callable[[MicroB
         parts = [
             MicroBatch(batch.select(held), whole.terms.select(offsets, held)) for held in policy.plan(batch.lengths)[0]
         ]
-        mini_batches.append([parts])
+        mini_batches.append(update_of([parts]))
         tokens.append(len(old))
     updates = policy.update(mini_batches, lr=0.0)
     assert next(updates).sums["tokens"] == tokens[0]
@@ -200,7 +226,7 @@ def test_state_and_weights_are_written_through_the_group(
     policy.save_hf(str(tmp_path / "hf"))
     assert np.abs(oracle.all_logp(tmp_path / "hf", SEQUENCES) - before).max() < 1e-5
     batch = training_batch(SEQUENCES, before)
-    list(policy.update([[[batch]]], lr=0.1))
+    list(policy.update([update_of([[batch]])], lr=0.1))
     assert (policy.log_probs(SEQUENCES) != before).any()
     policy.load(str(tmp_path / "state"))
     assert (policy.log_probs(SEQUENCES) == before).all()
