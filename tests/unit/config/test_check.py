@@ -52,6 +52,11 @@ def test_the_defaults_fit_any_number_of_ranks(world_size):
             ["trainer.nnodes=16", "trainer.n_gpus_per_node=8"],
             r"world size 256 does not fit trainer.nnodes 16 x trainer.n_gpus_per_node 8 = 128; start",
         ),
+        (
+            1,
+            ["algorithm.use_kl_in_reward=true", f"{ACTOR}.old_log_prob=first_minibatch_free"],
+            r"use_kl_in_reward is true and .*old_log_prob is first_minibatch_free: .* use old_log_prob=recompute",
+        ),
         (12, ["trainer.n_gpus_per_node=8"], r"world size 12 does not fit trainer.n_gpus_per_node 8 = 8; start"),
         (
             1,

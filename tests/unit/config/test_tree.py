@@ -41,6 +41,10 @@ ROLLOUT = "actor_rollout_ref.rollout"
         (f"{MEGATRON}.overlap_param_gather=true", "overlap_param_gather is true: it needs"),
         (f"{MEGATRON}.recompute_granularity=full", "recompute_method is absent: recompute_granularity full needs"),
         (f"{MEGATRON}.recompute_num_layers=1", "recompute_num_layers is 1 with recompute_granularity None"),
+        (f"{ACTOR}.rollout_correction.tis_cap=0", "tis_cap is 0.0: wanted more than 0"),
+        (f"{ACTOR}.rollout_correction.mis_low=1.1", "mis_low is 1.1: wanted from 0 to below 1, so that a ratio of 1"),
+        (f"{ACTOR}.rollout_correction.mis_high=0.9", "mis_high is 0.9: wanted above 1, so that a ratio of 1 is kept"),
+        (f"{ACTOR}.gspo.clip_ratio_low=0", "gspo.clip_ratio_low is 0.0: wanted more than 0"),
         (f"{ROLLOUT}.n=0", "rollout.n is 0: wanted at least 1"),
         (f"{ROLLOUT}.temperature=0", "rollout.temperature is 0.0: wanted more than 0"),
         (
@@ -91,6 +95,38 @@ def test_a_setting_that_cannot_be_is_refused_with_its_place_and_what_is_wanted(o
 )
 def test_what_the_refused_settings_call_for_is_taken(overrides):
     load_config(None, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["old_log_prob=rollout", "rollout_correction.tis_cap=2"], "old_log_prob is rollout, .* use .*recompute"),
+        (["old_log_prob=rollout", "rollout_correction.mis_low=0.5"], "old_log_prob is rollout, .* use .*recompute"),
+        (
+            ["old_log_prob=first_minibatch_free", "rollout_correction.mis_high=2"],
+            "first_minibatch_free and rollout_correction masks sequences: .* or tis_cap alone",
+        ),
+        (
+            ["old_log_prob=first_minibatch_free", "ppo_epochs=2"],
+            "first_minibatch_free with ppo_epochs 2: .*ppo_epochs=1",
+        ),
+    ],
+)
+def test_old_log_probs_that_do_not_go_with_what_else_is_asked_for_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, [f"{ACTOR}.{override}" for override in overrides])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["old_log_prob=recompute", "rollout_correction.tis_cap=2", "rollout_correction.mis_low=0.5", "ppo_epochs=2"],
+        ["old_log_prob=first_minibatch_free", "rollout_correction.tis_cap=2"],
+        ["old_log_prob=rollout", "ppo_epochs=2"],
+    ],
+)
+def test_old_log_probs_that_go_with_it_are_taken(overrides):
+    load_config(None, [f"{ACTOR}.{override}" for override in overrides])
 
 
 def test_the_metric_after_kl_needs_kl_in_the_reward():
