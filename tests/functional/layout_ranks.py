@@ -41,19 +41,22 @@ class Ranks:
     @contextmanager
     def world(self, size: int) -> Iterator[None]:
         """`size` ranks, until the context ends."""
-        self._send(size)
+        self._size, self._up = size, False
         yield
-        self._send(None)
+        if self._up:
+            self._send(None)
 
     def ask(self, job: Job) -> Deviations:
-        """What all ranks of the present world find, the largest of each."""
+        """What all ranks of the present world find, the largest of each; they are started anew where one has failed."""
         try:
+            if not self._up:
+                self._send(self._size)
             self._send(job)
             found = self._connection.recv()
         except (EOFError, BrokenPipeError):
-            found = "the ranks are gone"
-        if isinstance(found, str):
-            raise AssertionError(f"{found}\n{self._log.read_text()[-6000:]}")
+            found = "the process that starts the ranks is gone"
+        self._up = not isinstance(found, str)
+        assert self._up, f"{found}\n{self._log.read_text()[-6000:]}"
         return found
 
     def _send(self, what: Job | int | None) -> None:

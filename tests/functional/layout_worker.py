@@ -10,6 +10,7 @@ parameter's gradient, of a step to the largest change of any weight; those of lo
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
 import sys
@@ -46,6 +47,7 @@ from megatron.core import parallel_state
 # Adam without momentum and with a huge epsilon is plain gradient descent: its step is rate · g / (|g| + epsilon),
 # which is (rate / epsilon) · g but for |g| / epsilon, under every optimizer that Megatron has.
 EPSILON = 1e6
+PATIENCE = 40  # seconds until a rank that hangs says where and ends
 _ONE_MICRO_BATCH = 10**6  # tokens
 
 
@@ -77,8 +79,10 @@ def serve(connection: Connection) -> None:
         dist.broadcast_object_list(box)
         if (job := box[0]) is None:
             break
+        faulthandler.dump_traceback_later(PATIENCE, exit=True)
         with planted(job.case.fault):
             found = run(job)
+        faulthandler.cancel_dump_traceback_later()
         everywhere: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everywhere, found)
         parallel_state.destroy_model_parallel()
