@@ -23,6 +23,7 @@ MODELS = tuple(f"{family}{tied}" for family in ("qwen2", "qwen3", "llama") for t
 LAYERS = 4
 WORLDS = (1, 2, 4, 8)
 LR, CLIP = 1.0, 0.5  # of the steps of plain gradient descent
+TOLERANCE = 1e-5  # in fp32, of everything
 Deviations = dict[str, float]
 
 

@@ -98,3 +98,9 @@ class Answers:
 def solve(path: Path, rollouts: Rollouts, formula: Formula, steps: int) -> tuple[Problem, Answer]:
     problem = make_problem(rollouts, lambda batch: oracle.all_logp(path, batch, formula.temperature), formula)
     return problem, oracle.answer(path, problem, formula, LR, CLIP, steps)
+
+
+def beyond(found: Deviations, tolerance: float) -> Deviations:
+    """The deviations that the tolerance does not allow; NaN is one."""
+    assert found
+    return {what: value for what, value in found.items() if not value <= tolerance}

@@ -190,16 +190,22 @@ def _rows(offsets: IntArray, indices: tuple[int, ...]) -> IntArray:
 
 def _gradient_deviations(worker: PolicyWorker, wanted: dict[str, torch.Tensor]) -> Deviations:
     _complete_gradients(worker)
-    layout, worst, distance = worker.layout, 0.0, 0.0
+    layout = worker.layout
+    largest = max(grad.abs().max().item() for grad in wanted.values())
+    worst = {"gradient": 0.0, "gradient distance": 0.0, "gradient among all": 0.0}
     for name, param in local_parameters(worker.chunks):
         expected = torch.zeros_like(param.main_grad)
         for piece in pieces(name, Shard(worker.shape, layout.tp_rank, layout.tp_size)):
             expected[piece.local_index(param.dim())] = wanted[piece.hf_name][piece.hf_index(param.dim())]
         whole = torch.cat([wanted[p.hf_name].flatten() for p in pieces(name, Shard(worker.shape, 0, 1))])
         gap = param.main_grad - expected
-        worst = float(np.maximum(worst, (gap.abs().max() / whole.abs().max()).item()))
-        distance = float(np.maximum(distance, (gap.norm() / whole.norm()).item()))
-    return {"gradient": worst, "gradient distance": distance}
+        ratios = {
+            "gradient": gap.abs().max() / whole.abs().max(),
+            "gradient distance": gap.norm() / whole.norm(),
+            "gradient among all": gap.abs().max() / largest,
+        }
+        worst = {what: float(np.maximum(value, ratios[what].item())) for what, value in worst.items()}
+    return worst
 
 
 def _complete_gradients(worker: PolicyWorker) -> None:

@@ -3,44 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
 
-from tests.functional.layout_cases import FAULTS, OTHER_SETTINGS, TELLING, Case, Deviations, layouts, matrix, pairs
-from tests.functional.layout_ranks import Answers, Ranks
-
-TOLERANCE = 1e-5
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    ranks = Ranks(tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
-    return Answers(tmp_path_factory.mktemp("answers"))
-
-
-@pytest.fixture(scope="module")
-def world(request: pytest.FixtureRequest, ranks: Ranks) -> Iterator[int]:
-    """As many ranks as the parameter says: one torchrun for all tests of a world size that come one after another."""
-    with ranks.world(request.param):
-        yield request.param
+from tests.functional.layout_cases import FAULTS, OTHER_SETTINGS, TELLING, TOLERANCE, Case, layouts, matrix, pairs
+from tests.functional.layout_ranks import Answers, Ranks, beyond
 
 
 def on_ranks(cases: tuple[Case, ...]) -> pytest.MarkDecorator:
     ordered = sorted(cases, key=lambda case: case.world)
     values = [pytest.param(case.world, case, id=case.fault or case.name) for case in ordered]
     return pytest.mark.parametrize(("world", "case"), values, indirect=["world"])
-
-
-def beyond(found: Deviations, tolerance: float) -> Deviations:
-    assert found
-    return {what: value for what, value in found.items() if not value <= tolerance}
 
 
 @on_ranks(TELLING)
