@@ -183,6 +183,15 @@ TELLING = (
     Case(pp=4, virtual=2, cp=2, packed=False, model="llama tied", recompute=True, gradients="distributed"),
 )
 
+BF16 = (
+    Case(bf16=True),
+    Case(bf16=True, model="llama", packed=False, micro_batches="many", formula="all terms"),
+    Case(bf16=True, tp=2, sp=True, model="qwen3 tied", formula="seq-mean-token-mean group"),
+    Case(bf16=True, pp=2, virtual=2, micro_batches="many"),
+    Case(bf16=True, cp=2, model="llama", formula="all terms"),
+    Case(bf16=True, dp=2, gradients=OVERLAPPED),
+)
+
 FAULTS = (
     Case(fault="weights off by one token"),
     Case(tp=2, sp=True, fault="missing sequence-parallel reduction"),

@@ -78,6 +78,7 @@ class Answers:
         self.rollouts = ordinary_rollouts()
         self.model = cache(self._make_model)
         self.of = cache(self._answer)
+        self.bf16_error = cache(self._bf16_error)
 
     def job(self, case: Case) -> Job:
         path = self.model(case.model, case.layers, bf16=case.bf16)
@@ -93,6 +94,11 @@ class Answers:
 
     def _answer(self, path: Path, formula: str, steps: int) -> tuple[Problem, Answer]:
         return solve(path, self.rollouts, FORMULAS[formula], steps)
+
+    def _bf16_error(self, case: Case) -> Deviations:
+        path = self.model(case.model, case.layers, bf16=True)
+        problem, answer = self.of(path, case.formula, case.steps)
+        return oracle.bf16_error(path, problem, FORMULAS[case.formula], answer)
 
 
 def solve(path: Path, rollouts: Rollouts, formula: Formula, steps: int) -> tuple[Problem, Answer]:

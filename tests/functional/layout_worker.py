@@ -15,7 +15,7 @@ import os
 import pickle
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -47,7 +47,7 @@ from megatron.core import parallel_state
 # Adam without momentum and with a huge epsilon is plain gradient descent: its step is rate · g / (|g| + epsilon),
 # which is (rate / epsilon) · g but for |g| / epsilon, under every optimizer that Megatron has.
 EPSILON = 1e6
-PATIENCE = 40  # seconds until a rank that hangs says where and ends
+PATIENCE = 120  # seconds until a rank that hangs says where and ends
 _ONE_MICRO_BATCH = 10**6  # tokens
 
 
@@ -168,20 +168,25 @@ def _token_deviations(job: Job, own: tuple[tuple[int, ...], ...], result: PassRe
     logp, entropy = [t.logp for t in result.tokens], [t.entropy for t in result.tokens]
     return {
         "logp": _gap(logp, job.answer.logp, batch, own),
+        "mean logp": _gap(logp, job.answer.logp, batch, own, np.mean),
         "entropy": _gap(entropy, job.answer.entropy, batch, own),
     }
 
 
 def _gap(
-    found: list[FloatArray], wanted_N: FloatArray, batch: SequenceBatch, own: tuple[tuple[int, ...], ...]
+    found: list[FloatArray],
+    wanted_N: FloatArray,
+    batch: SequenceBatch,
+    own: tuple[tuple[int, ...], ...],
+    over: Callable[[FloatArray], Any] = np.max,
 ) -> float:
-    """The largest gap over this replica's tokens; what a filler micro-batch says is not looked at."""
+    """The largest gap, or another number, over this replica's tokens; what a filler micro-batch says is left out."""
     gaps = [
-        float(np.abs(values - wanted_N[_rows(batch.cu_responses, indices)]).max())
+        np.abs(values - wanted_N[_rows(batch.cu_responses, indices)])
         for values, indices in zip(found, own, strict=True)
         if indices
     ]
-    return float(np.max(gaps, initial=0.0))
+    return float(over(np.concatenate(gaps))) if gaps else 0.0
 
 
 def _rows(offsets: IntArray, indices: tuple[int, ...]) -> IntArray:

@@ -33,8 +33,8 @@ class Answer:
     logp_stepped: FloatArray  # [N]
 
 
-def load(path: Path) -> torch.nn.Module:
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+def load(path: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
 
 
 def all_logp(path: Path, batch: SequenceBatch, temperature: float = 1.0) -> FloatArray:
@@ -59,6 +59,25 @@ def answer(path: Path, problem: Problem, formula: Formula, lr: float, clip: floa
         stepped={name: param.detach().clone() for name, param in params.items()},
         logp_stepped=_logp_of(model, problem.sequences, formula.temperature),
     )
+
+
+def bf16_error(path: Path, problem: Problem, formula: Formula, exact: Answer) -> dict[str, float]:
+    """How far transformers itself is from `exact` when it computes in bfloat16, in the measures of the ranks."""
+    model = load(path, torch.bfloat16)
+    _, _, logp, _, grads = _gradient(model, problem, formula)
+    largest = max(grad.abs().max().item() for grad in exact.grads.values())
+    gaps = {name: (grad.float() - exact.grads[name]) for name, grad in grads.items()}
+    among_all = max(gap.abs().max().item() for gap in gaps.values()) / largest
+    model.load_state_dict(exact.stepped, strict=False)  # a tied head is no parameter of its own
+    after = _logp_of(model, problem.sequences, formula.temperature)
+    return {
+        "logp": float(np.abs(logp - exact.logp).max()),
+        "logp after the step": float(np.abs(after - exact.logp_stepped).max()),
+        "gradient": max((gap.abs().max() / exact.grads[name].abs().max()).item() for name, gap in gaps.items()),
+        "gradient distance": max((gap.norm() / exact.grads[name].norm()).item() for name, gap in gaps.items()),
+        "gradient among all": among_all,
+        "step": among_all,  # one step is the gradient times a number
+    }
 
 
 def _logp_of(model: torch.nn.Module, batch: SequenceBatch, temperature: float) -> FloatArray:

@@ -34,7 +34,7 @@ PLACES = {
         Case(dp=2, gradients="distributed overlapped"),
     ),
 }
-EXAMPLES = {1: 20, 2: 40}
+EXAMPLES = {1: 10, 2: 20}
 
 
 @dataclass(frozen=True)
