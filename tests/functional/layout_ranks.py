@@ -48,6 +48,7 @@ class Ranks:
 
     def ask(self, job: Job) -> Deviations:
         """What all ranks of the present world find, the largest of each; they are started anew where one has failed."""
+        found: Deviations | str  # a string is what torchrun says of ranks that failed
         try:
             if not self._up:
                 self._send(self._size)
@@ -56,7 +57,8 @@ class Ranks:
         except (EOFError, BrokenPipeError):
             found = "the process that starts the ranks is gone"
         self._up = not isinstance(found, str)
-        assert self._up, f"{found}\n{self._log.read_text()[-6000:]}"
+        if isinstance(found, str):
+            raise AssertionError(f"{found}\n{self._log.read_text()[-6000:]}")
         return found
 
     def _send(self, what: Job | int | None) -> None:

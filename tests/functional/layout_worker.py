@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -218,7 +218,7 @@ def _complete_gradients(worker: PolicyWorker) -> None:
     if not worker.settings.megatron.use_distributed_optimizer:
         return
     for module in worker.modules:
-        for buffer in module.buffers:
+        for buffer in cast(list[Any], module.buffers):  # Megatron's, in the place of torch's method
             for bucket in buffer.buckets:
                 group = buffer.data_parallel_group
                 own = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()

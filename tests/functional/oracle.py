@@ -114,8 +114,8 @@ def _gradient(
     loss = OBJECTIVES[formula.agg_mode, formula.scale](counted)
     size = OBJECTIVES[formula.agg_mode, formula.scale]([[part.abs() for part in group] for group in counted])
     loss.backward()
-    grads = {name: param.grad for name, param in model.named_parameters()}
-    return loss.item(), size.item(), np.concatenate(logps), np.concatenate(entropies), grads
+    grads = _gradients(dict(model.named_parameters()))
+    return float(loss.item()), float(size.item()), np.concatenate(logps), np.concatenate(entropies), grads
 
 
 def _token_loss(
@@ -175,9 +175,14 @@ OBJECTIVES = {
 
 def _step(params: dict[str, torch.nn.Parameter], lr: float, clip: float) -> float:
     """One step of gradient descent on the clipped gradient; returns the norm before clipping."""
-    norm = torch.stack([param.grad.square().sum() for param in params.values()]).sum().sqrt().item()
+    grads = _gradients(params)
+    norm = torch.stack([grad.square().sum() for grad in grads.values()]).sum().sqrt().item()
     scale = min(1.0, clip / (norm + 1e-6))
     with torch.no_grad():
-        for param in params.values():
-            param -= lr * scale * param.grad
+        for name, param in params.items():
+            param -= lr * scale * grads[name]
     return norm
+
+
+def _gradients(params: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    return {name: param.grad for name, param in params.items() if param.grad is not None}
