@@ -47,6 +47,7 @@ def build_model(shape: ModelShape, config: MegatronConfig) -> list[GPTModel]:
 def transformer_config(shape: ModelShape, config: MegatronConfig) -> TransformerConfig:
     on_cuda = torch.cuda.is_available()
     dtype = DTYPES[config.params_dtype]
+    interleaved = config.virtual_pipeline_model_parallel_size is not None
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -80,7 +81,10 @@ def transformer_config(shape: ModelShape, config: MegatronConfig) -> Transformer
         # Micro-batches are packed to different lengths. Megatron asks for this dispatcher for dense models too.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
-        batch_p2p_comm=on_cuda,
+        # Between two stages an interleaved pipeline goes both ways at once, and what one message is to its receiver is
+        # settled by order alone: Megatron keeps the directions apart where transfers overlap, not in batches.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=on_cuda and not interleaved,
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,

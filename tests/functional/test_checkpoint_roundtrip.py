@@ -20,6 +20,7 @@ TOLERANCE = 1e-5  # relative to the gradient norm, or to the largest change of a
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
 CP2 = {"context_parallel_size": 2}
+INTERLEAVED = PP2 | {"virtual_pipeline_model_parallel_size": 2}
 ONE: dict[str, Any] = {}
 PLAIN = {"use_distributed_optimizer": False}
 
@@ -43,13 +44,16 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         (2, job("TP2 to DP2", ONE, load="tp2")),
         (2, job("plain, saved at TP2", TP2 | PLAIN, updates=2, save="plain")),
         (2, job("plain, TP2 to PP2", PP2 | PLAIN, load="plain")),
+        (2, job("TP2 to interleaved PP2", INTERLEAVED, load="tp2")),
+        (2, job("saved at interleaved PP2", INTERLEAVED, updates=2, save="interleaved")),
         (1, job("TP2 to one process", ONE, load="tp2")),
         (1, job("plain, TP2 to one process", PLAIN, load="plain")),
+        (1, job("interleaved PP2 to one process", ONE, load="interleaved")),
         (1, job("tied, saved at one process", ONE, "qwen3", updates=2, save="tied")),
         (2, job("tied, one process to TP2", TP2, "qwen3", load="tied")),
         (2, job("tied, one process to PP2", PP2, "qwen3", load="tied")),
     ]
-    for world, part in ((2, runs[:7]), (1, runs[7:10]), (2, runs[10:])):
+    for world, part in ((2, runs[:9]), (1, runs[9:13]), (2, runs[13:])):
         assert {size for size, _ in part} == {world}
         run(root / "jobs.json", world, [job for _, job in part])
     return {path.stem: torch.load(path) for path in root.glob("*.pt")}
@@ -74,6 +78,8 @@ PAIRS = [
     ("saved at TP2", "TP2 to CP2"),
     ("saved at TP2", "TP2 to DP2"),
     ("saved at TP2", "TP2 to one process"),
+    ("saved at TP2", "TP2 to interleaved PP2"),
+    ("saved at interleaved PP2", "interleaved PP2 to one process"),
     ("plain, saved at TP2", "plain, TP2 to PP2"),
     ("plain, saved at TP2", "plain, TP2 to one process"),
     ("tied, saved at one process", "tied, one process to TP2"),

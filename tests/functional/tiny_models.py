@@ -1,4 +1,4 @@
-"""Tiny Hugging Face checkpoints of every family, and rollouts that reach every branch of the loss."""
+"""Tiny Hugging Face checkpoints of every family, and sequences that reach every branch of the loss."""
 
 from __future__ import annotations
 
@@ -14,21 +14,34 @@ from megatron_dapo.types import SequenceBatch, TokenTerms
 VOCAB = 61  # odd: padded under tensor parallelism
 
 
-def save_tiny_model(path: Path, family: str, tied: bool, layers: int = 4, seed: int = 3) -> None:
-    """A random model in fp32 whose norms and biases are not the identity, so that a lost one is seen."""
+def save_tiny_model(
+    path: Path,
+    family: str,
+    tied: bool,
+    layers: int = 4,
+    seed: int = 3,
+    vocab: int = VOCAB,
+    sharpness: float = 4.0,
+    bf16: bool = False,
+) -> None:
+    """A random model in fp32 whose norms and biases are not the identity, so that a lost one is seen.
+
+    `sharpness` multiplies the matrices: 1 is transformers' own start, near a uniform softmax. With `bf16` every
+    weight is rounded to what bfloat16 holds, so that both types load the same model.
+    """
     sizes = {
-        "vocab_size": VOCAB,
+        "vocab_size": vocab,
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4 if family == "llama" else 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8 if family == "llama" else 4,
         "max_position_embeddings": 128,
         "tie_word_embeddings": tied,
     }
     config = {
         "qwen2": lambda: transformers.Qwen2Config(**sizes),
-        "qwen3": lambda: transformers.Qwen3Config(**sizes, head_dim=16),
+        "qwen3": lambda: transformers.Qwen3Config(**sizes, head_dim=8),
         "llama": lambda: transformers.LlamaConfig(**sizes),
     }[family]()
     torch.manual_seed(seed)
@@ -38,7 +51,9 @@ def save_tiny_model(path: Path, family: str, tied: bool, layers: int = 4, seed: 
             if "norm" in name or "bias" in name:
                 param.add_(torch.randn_like(param) * 0.1)
             else:
-                param.mul_(4.0)  # away from a uniform softmax
+                param.mul_(sharpness)
+            if bf16:
+                param.copy_(param.bfloat16())
     model.float().save_pretrained(path, safe_serialization=True)
 
 
@@ -59,7 +74,6 @@ def make_rollouts(count: int = 9, seed: int = 0) -> Rollouts:
     responses[:2] = 1, 17
     lengths = prompts + responses
     total = int(responses.sum())
-    shift = rng.choice([0.0, 0.1, -0.1, 0.6, -0.6, 2.8], size=total)
     return Rollouts(
         sequences=SequenceBatch(
             token_ids=rng.integers(0, VOCAB, int(lengths.sum())).astype(np.int64),
@@ -67,8 +81,12 @@ def make_rollouts(count: int = 9, seed: int = 0) -> Rollouts:
             prompt_lengths=prompts.astype(np.int64),
         ),
         advantage=rng.normal(size=count),
-        shift=shift,
+        shift=rng.choice(SHIFTS, size=total),
     )
+
+
+# Log-ratios: within the clip, beyond either side of it, and beyond c = 10.
+SHIFTS = (0.0, 0.1, -0.1, 0.6, -0.6, 2.8)
 
 
 def token_terms(rollouts: Rollouts, weight_S: np.ndarray, logp_N: np.ndarray, ref_N: np.ndarray | None) -> TokenTerms:
