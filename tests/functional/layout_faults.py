@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from megatron_dapo.mcore import optimizer as mcore_optimizer
-from megatron_dapo.types import MicroBatch, TokenTerms
+from megatron_dapo.types import MicroBatch
 from megatron_dapo.workers import policy
 
 # isort: split
@@ -20,15 +21,7 @@ from megatron.core.distributed import finalize_model_grads
 
 def weights_off_by_one(micro_batch: MicroBatch) -> MicroBatch:
     terms = micro_batch.terms
-    return MicroBatch(
-        micro_batch.sequences,
-        TokenTerms(
-            weight=np.roll(terms.weight, 1),
-            advantage=terms.advantage,
-            old_logp=terms.old_logp,
-            ref_logp=terms.ref_logp,
-        ),
-    )
+    return replace(micro_batch, terms=replace(terms, weight=np.roll(terms.weight, 1)))
 
 
 @contextmanager
