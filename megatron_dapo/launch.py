@@ -21,8 +21,8 @@ from megatron_dapo.data.dynamic_sampling import SamplingExhausted
 from megatron_dapo.data.files import PromptDataError
 from megatron_dapo.data.judging import UnknownMetricError
 from megatron_dapo.data.prompts import load_prompts
+from megatron_dapo.mcore.hf_read import CheckpointError
 from megatron_dapo.mcore.parallel import shutdown
-from megatron_dapo.mcore.weights import CheckpointError
 from megatron_dapo.obs.summary import write_summary
 from megatron_dapo.rewards.failure_rate import RewardFailureRateError
 from megatron_dapo.rewards.pool import RewardWorkerError

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from megatron_dapo.mcore.hf_read import read_hf
 from megatron_dapo.mcore.hf_save import save_hf
-from megatron_dapo.mcore.weights import read_hf
 
 Tensors = dict[str, torch.Tensor]
 
