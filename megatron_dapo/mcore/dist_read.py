@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan, Metadata
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
 from megatron_dapo.mcore.families import ModelShape
 from megatron_dapo.mcore.families.names import Piece, Shard, hf_shapes, megatron_names, pieces
-from megatron_dapo.mcore.hf_read import CheckpointError
 from megatron_dapo.mcore.safe_load import refuse_foreign_pickles
+from megatron_dapo.types import CheckpointError
 
 _OPTIMIZER = "optimizer."
 

@@ -16,15 +16,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_dapo.mcore.families.names import Piece
+from megatron_dapo.types import CheckpointError
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _OPEN_FILES = 2
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by the names of safetensors
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read: names the file or tensor, what was found and what was wanted."""
 
 
 def read_hf(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -65,6 +62,17 @@ class HfReader:
 
     def read(self, piece: Piece, dims: int) -> torch.Tensor:
         return self._handle(piece.hf_name).get_slice(piece.hf_name)[piece.hf_index(dims)]
+
+    def without_use(self) -> list[str]:
+        """Tensors of the checkpoint that the model does not have: its config.json is of another model.
+
+        A tied head that is stored all the same, and rotary tables (computed here), are no such ones.
+        """
+        known = {*self.shapes, "lm_head.weight"}
+        return [name for name in self._file_of if name not in known and not name.endswith("rotary_emb.inv_freq")]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._handle(name).get_tensor(name)
 
     def dtype(self, name: str) -> torch.dtype:
         found = self._handle(name).get_slice(name).get_dtype()

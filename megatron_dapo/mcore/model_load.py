@@ -12,8 +12,8 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_dapo.mcore.dist_read import check_model
 from megatron_dapo.mcore.families import ModelShape
-from megatron_dapo.mcore.hf_read import CheckpointError
 from megatron_dapo.mcore.safe_load import refuse_foreign_pickles
+from megatron_dapo.types import CheckpointError
 
 
 def load_model(chunks: Sequence[GPTModel], shape: ModelShape, folder: str | Path) -> None:

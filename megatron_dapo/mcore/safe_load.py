@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from megatron_dapo.mcore.hf_read import CheckpointError
+from megatron_dapo.types import CheckpointError
 
 _DTYPES = frozenset(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))
 _METADATA_GLOBALS: dict[str, frozenset[str]] = {
@@ -89,10 +89,11 @@ def refuse_foreign_pickles(folder: str | Path) -> Metadata:
     common = folder / "common.pt"
     if common.exists():
         _weights_only(common, f"{common}")
+    for relative in {info.relative_path for info in metadata.storage_data.values()}:
+        _check_inside(folder, folder / relative)
     for index, info in metadata.storage_data.items():
         if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
             file = folder / info.relative_path
-            _check_inside(folder, file)
             where = f"{file}: entry {index.fqn!r}"
             content = _slice(file, info.offset, info.length, where)
             _weights_only(io.BytesIO(content), where)

@@ -21,15 +21,15 @@ ROOT = Path(__file__).parents[2] / PACKAGE
 # From the ground up. A part may import itself and the tiers before its own; parts of one tier never each other.
 TIERS = (
     ("types", "config"),
-    ("algo",),
+    ("algo", "manifest"),
     ("data", "rewards", "obs"),
     ("mcore", "rollout", "runtime"),
     ("workers",),
     ("sync",),
-    ("checkpoints", "evaluation", "interrupts", "training_step"),
+    ("checkpoints", "conversion", "evaluation", "inspection", "interrupts", "training_step"),
     ("trainer",),
     ("assembly",),
-    ("launch",),
+    ("checkpoint_commands", "launch"),
     ("cli",),
     ("__main__",),
 )
