@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from megatron_dapo import __version__
 from megatron_dapo.manifest import (
@@ -32,20 +32,16 @@ from megatron_dapo.manifest import (
     read_meta,
     write_manifest,
 )
-from megatron_dapo.mcore.dist_read import DistReader, dist_tensors
+from megatron_dapo.mcore.dist_read import DistReader
 from megatron_dapo.mcore.dist_write import write_model
 from megatron_dapo.mcore.families import ModelShape, shape_of
 from megatron_dapo.mcore.families.names import hf_shapes
 from megatron_dapo.mcore.hf_read import HfReader
 from megatron_dapo.mcore.hf_save import SHARD_BYTES, copy_side_files, save_hf
 from megatron_dapo.types import CheckpointError
+from megatron_dapo.verification import Progress, verify
 
-PROBE = "The sum of 12 and 30 is 42. Q: What is 7 * 8? A: Let me think step by step."
-LOGIT_TOLERANCE = 1e-4  # of the largest logit; fp32 of two implementations differs by 1e-6 to 1e-5 of it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# Told of what goes on: (what, bytes done since the last call, bytes in all).
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -67,24 +63,24 @@ def hf_to_megatron(source: Path, out: Path, how: Conversion) -> None:
         CheckpointError: a file or tensor that is missing, damaged or of another model; a result that is not the same.
         ConfigError: a model that is not supported.
     """
-    shape = _model_of(source)
-    with HfReader(source, hf_shapes(shape)) as hf, _publishing(out) as folder:
-        if strangers := hf.without_use():
-            raise CheckpointError(
-                f"{source} holds {', '.join(strangers[:3])}, which the model of its config.json does not have; "
-                "the two do not belong together"
-            )
-        sizes = {name: math.prod(dims) * hf.dtype(name).itemsize for name, dims in hf_shapes(shape).items()}
-        total = sum(sizes.values())
-        _check_space(out, total)
-        (folder / MODEL).mkdir()
-        (folder / SIDE).mkdir()
-        write_model(hf, shape, folder / MODEL, how.shard_bytes, lambda count: how.progress("writing", count, total))
-        dtype = hf.dtype(next(iter(sizes)))
+    with _publishing(out) as folder:
+        shape = _model_of(source)
+        with HfReader(source, hf_shapes(shape)) as hf:
+            if strangers := hf.without_use():
+                raise CheckpointError(
+                    f"{source} holds {', '.join(strangers[:3])}, which the model of its config.json does not have; "
+                    "the two do not belong together"
+                )
+            sizes = {name: math.prod(dims) * hf.dtype(name).itemsize for name, dims in hf_shapes(shape).items()}
+            total, dtype = sum(sizes.values()), hf.dtype(next(iter(sizes)))
+            _check_space(out, total)
+            (folder / MODEL).mkdir()
+            (folder / SIDE).mkdir()
+            write_model(hf, shape, folder / MODEL, how.shard_bytes, lambda count: how.progress("writing", count, total))
         copy_side_files(source, folder / SIDE)
         write_manifest(folder, _meta(shape, dtype))
         if how.verify:
-            _verify(source, folder / MODEL, shape, dtype, how)
+            verify(source, folder / MODEL, shape, None, how.progress)
 
 
 def megatron_to_hf(
@@ -99,21 +95,20 @@ def megatron_to_hf(
             the config's, a newer format; a result that is not the same.
         ConfigError: a model that is not supported.
     """
-    read_meta(stored.root)  # refuses a newer format
-    check_backend(stored.model)
-    side = model or _side_files(stored.root)
-    shape = _model_of(side)
-    _check_files(stored, how.progress)
-    reader = DistReader(stored.model, shape)
-    dtype = dtype or _only(reader.dtypes(), stored.model)
-    shapes = hf_shapes(shape)
-    total = sum(math.prod(dims) for dims in shapes.values()) * dtype.itemsize
-    _check_space(out, total)
     with _publishing(out) as folder:
+        read_meta(stored.root)  # refuses a newer format
+        check_backend(stored.model)
+        side = model or _side_files(stored.root)
+        shape = _model_of(side)
+        _check_files(stored, how.progress)
+        reader, shapes = DistReader(stored.model, shape), hf_shapes(shape)
+        dtype = dtype or _only(reader.dtypes(), stored.model)
+        total = sum(math.prod(dims) for dims in shapes.values()) * dtype.itemsize
+        _check_space(out, total)
         tensors = _counted(reader.hf_tensors(), dtype, total, how.progress)
         save_hf(tensors, shapes, dtype, str(side), folder, writes=True, shard_bytes=how.shard_bytes)
         if how.verify:
-            _verify(folder, stored.model, shape, dtype, how)
+            verify(folder, stored.model, shape, dtype, how.progress)
 
 
 def _counted(
@@ -155,34 +150,6 @@ def _only(dtypes: set[torch.dtype], folder: Path) -> torch.dtype:
         names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise CheckpointError(f"{folder} holds tensors of {names}; say which is wanted: --dtype")
     return next(iter(dtypes))
-
-
-def _verify(hf: Path, model: Path, shape: ModelShape, dtype: torch.dtype, how: Conversion) -> None:
-    """Raises CheckpointError where the two do not hold the same bits, or do not compute the same logits."""
-    reader = DistReader(model, shape)
-    total = sum(math.prod(tensor.dims) for tensor in dist_tensors(shape)) * dtype.itemsize
-    with HfReader(hf, hf_shapes(shape)) as saved:
-        for name, tensor in reader.hf_tensors():
-            there = saved.tensor(name)
-            if not torch.equal(there, tensor.to(there.dtype)):
-                raise CheckpointError(f"verification failed: tensor {name!r} differs; nothing was left at the output")
-            how.progress("comparing", tensor.numel() * dtype.itemsize, total)
-    from megatron_dapo.mcore.probe import hf_logits, megatron_logits  # imports Megatron, which costs seconds
-
-    ids = AutoTokenizer.from_pretrained(hf, local_files_only=True)(PROBE)["input_ids"]
-    _compare(megatron_logits(model, shape, ids, dtype), hf_logits(hf, ids), ids)
-
-
-def _compare(megatron: torch.Tensor, transformers: torch.Tensor, ids: list[int]) -> None:
-    gap = (megatron - transformers[:, : megatron.size(1)]).abs()
-    largest = transformers.abs().max().item()
-    if not bool(gap.max() <= LOGIT_TOLERANCE * largest):  # so written, NaN fails too
-        position, token = divmod(int(gap.nan_to_num(torch.inf).argmax()), gap.size(1))
-        raise CheckpointError(
-            f"verification failed: after {position + 1} of {len(ids)} probe tokens the logit of token {token} is "
-            f"{megatron[position, token]:.6g} in Megatron and {transformers[position, token]:.6g} in transformers; "
-            f"wanted within {LOGIT_TOLERANCE:g} of the largest, {largest:.4g}. Nothing was left at the output"
-        )
 
 
 @contextmanager

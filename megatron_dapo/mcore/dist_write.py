@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_dapo.mcore.dist_read import DistTensor, dist_tensors
 from megatron_dapo.mcore.families import ModelShape
 from megatron_dapo.mcore.hf_read import HfReader
+from megatron_dapo.types import CheckpointError
 
 _BACKENDS = {
     "sharded_backend": "torch_dist",
@@ -66,7 +67,13 @@ def write_model(
 
 def _parameters(hf: HfReader, tensors: Iterable[DistTensor]) -> Iterator[tuple[DistTensor, torch.Tensor]]:
     for tensor in tensors:
-        data = torch.empty(tensor.dims, dtype=hf.dtype(tensor.pieces[0].hf_name))
+        dtypes = {hf.dtype(piece.hf_name) for piece in tensor.pieces}
+        if len(dtypes) > 1:
+            raise CheckpointError(
+                f"{hf.path}: {', '.join(sorted({piece.hf_name for piece in tensor.pieces}))} are of several types "
+                f"({', '.join(sorted(map(str, dtypes)))}), and Megatron keeps them in one tensor"
+            )
+        data = torch.empty(tensor.dims, dtype=dtypes.pop())
         for piece in tensor.pieces:
             data[piece.local_index(data.dim())] = hf.read(piece, data.dim())
         yield tensor, data

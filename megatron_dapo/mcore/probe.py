@@ -27,14 +27,16 @@ from megatron_dapo.types import SequenceBatch
 _OBJECTIVE = Objective(PolicyLossConfig(0.2, 0.28, 10.0), temperature=1.0)  # no loss is asked for
 
 
-def megatron_logits(folder: Path, shape: ModelShape, token_ids: list[int], rounded_to: torch.dtype) -> torch.Tensor:
-    """[T, V] logits of the `torch_dist` checkpoint in `folder`, its weights rounded to `rounded_to` first."""
+def megatron_logits(
+    folder: Path, shape: ModelShape, token_ids: list[int], rounded_to: torch.dtype | None
+) -> torch.Tensor:
+    """[T, V] logits of the `torch_dist` checkpoint in `folder`, its weights rounded to `rounded_to` (None: not)."""
     initialize(MegatronConfig(), seed=0)
     try:
         chunks = build_model(shape, MegatronConfig())
         load_model(chunks, shape, folder)
         (chunk,) = chunks
-        for param in chunk.parameters():
+        for param in chunk.parameters() if rounded_to is not None else ():
             param.data.copy_(param.data.to(rounded_to))
         seen: list[torch.Tensor] = []
 

@@ -14,15 +14,17 @@ from megatron_dapo.types import SequenceBatch, TokenTerms
 VOCAB = 61  # odd: padded under tensor parallelism
 
 
-def save_tiny_model(path: Path, family: str, tied: bool, layers: int = 4, seed: int = 3) -> None:
+def save_tiny_model(
+    path: Path, family: str, tied: bool, layers: int = 4, seed: int = 3, kv_heads: int | None = None, vocab: int = VOCAB
+) -> None:
     """A random model in fp32 whose norms and biases are not the identity, so that a lost one is seen."""
     sizes = {
-        "vocab_size": VOCAB,
+        "vocab_size": vocab,
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
-        "num_key_value_heads": 4 if family == "llama" else 2,
+        "num_key_value_heads": kv_heads or (4 if family == "llama" else 2),
         "max_position_embeddings": 128,
         "tie_word_embeddings": tied,
     }

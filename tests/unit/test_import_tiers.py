@@ -26,6 +26,7 @@ TIERS = (
     ("mcore", "rollout", "runtime"),
     ("workers",),
     ("sync",),
+    ("verification",),
     ("checkpoints", "conversion", "evaluation", "inspection", "interrupts", "training_step"),
     ("trainer",),
     ("assembly",),
