@@ -30,7 +30,7 @@ from megatron_dapo.mcore.families.names import hf_shapes
 from megatron_dapo.mcore.hf_save import save_hf
 
 LAYERS = (4, 8, 16, 32)
-LIMIT = 3.0  # x (one shard + the largest tensor)
+LIMIT = 2.0  # x (one shard + the largest tensor)
 MB = 10**6
 
 
