@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from megatron_dapo.mcore import checkpoint
 from megatron_dapo.mcore.parallel import RankLayout
 from megatron_dapo.mcore.safe_load import read_metadata, refuse_foreign_pickles
 from megatron_dapo.types import CheckpointError
-from tests.unit.mcore.helpers import start_training
+from tests.unit.mcore.helpers import load_model, save_model
 
 
 class Evil:
@@ -29,11 +28,9 @@ class Evil:
 
 @pytest.fixture
 def folder(layout: RankLayout, checkpoint_of: Any, tmp_path: Path) -> Path:
-    """Model and optimizer as Megatron saves them, extra states included."""
-    training = start_training(checkpoint_of())
-    (tmp_path / "saved").mkdir()
-    checkpoint.save(training.chunks, training.optimizer, tmp_path / "saved")
-    return tmp_path / "saved"
+    """A model as Megatron saves it, extra states included."""
+    chunks, _ = load_model(checkpoint_of())
+    return save_model(chunks, tmp_path / "saved")
 
 
 def test_what_megatron_saves_passes(folder: Path):

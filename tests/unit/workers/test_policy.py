@@ -15,6 +15,7 @@ from megatron_dapo.types import CheckpointError
 from megatron_dapo.workers.policy import PolicyWorker, UpdateShard, UpdateStats
 from tests.functional import oracle
 from tests.functional.tiny_models import make_rollouts, save_tiny_model
+from tests.unit.mcore.helpers import save_model
 from tests.unit.workers.one_rank import policy_worker, settings_of, training_batch
 
 SEQUENCES = make_rollouts().sequences
@@ -101,9 +102,8 @@ def test_training_goes_on_from_a_saved_state(model: Path, tmp_path: Path):
 
 def test_the_state_of_a_model_with_another_vocabulary_is_refused_with_the_tensor(model: Path, tmp_path: Path):
     save_tiny_model(tmp_path / "other", "qwen2", tied=False, layers=2, vocab=57)
-    (tmp_path / "state").mkdir()
     with policy_worker(settings_of(tmp_path / "other")) as worker:
-        worker.save(str(tmp_path / "state"))
+        save_model(worker.chunks, tmp_path / "state")
     with policy_worker(settings_of(model)) as worker:
         before = weights(worker)
         with pytest.raises(CheckpointError, match=r"embedding\.word_embeddings\.weight has shape \[57, 32\]"):
