@@ -26,7 +26,9 @@ from megatron_dapo.data.prompts import PromptDataset, load_prompts
 from megatron_dapo.data.stream import PromptStream
 from megatron_dapo.evaluation import Evaluator
 from megatron_dapo.interrupts import Interrupts
+from megatron_dapo.manifest import SIDE
 from megatron_dapo.mcore.fused_loss import Objective
+from megatron_dapo.mcore.hf_save import copy_side_files
 from megatron_dapo.mcore.model import DTYPES
 from megatron_dapo.mcore.parallel import device
 from megatron_dapo.obs.loggers import Loggers
@@ -114,6 +116,8 @@ def building_trainer(
 ) -> Iterator[Trainer]:
     """The trainer, restored from its checkpoint where the configuration says so. Leaving ends what it started."""
     directory = Path(config.trainer.default_local_dir)
+    (directory / SIDE).mkdir(parents=True, exist_ok=True)
+    copy_side_files(config.actor_rollout_ref.model.path, directory / SIDE)  # for `export`, without the first model
     store = CheckpointStore(directory)
     found = store.find(config.trainer.resume_mode)
     first_step = 0 if found is None else store.read_state(found)["progress"]["step"] + 1

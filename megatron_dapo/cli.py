@@ -1,4 +1,4 @@
-"""The command line: `megatron-dapo train CONFIG.yaml key=value ...`, `eval`, and `--dry-run` for both.
+"""The command line: `megatron-dapo train CONFIG.yaml key=value ...`, `eval`, `--dry-run`; and `export`, `checkpoint`.
 
 Exit codes: 0 done, 1 stopped by an error that says what to change, 2 a configuration that cannot be, 130 Ctrl-C.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_dapo import __version__
+from megatron_dapo.checkpoint_commands import add_commands, run_command
 from megatron_dapo.config.arithmetic import format_arithmetic, run_arithmetic
 from megatron_dapo.config.check import check, check_files, planned_world_size
 from megatron_dapo.config.load import LoadedConfig, load_config
@@ -30,6 +31,8 @@ def run() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the arguments say; returns the exit code."""
     arguments, rest = _parser().parse_known_args(argv)
+    if arguments.plain is not None:
+        return run_command(arguments.plain, arguments) if not rest else _complain(f"unknown argument {rest[0]}")
     words = [*arguments.words, *rest]  # argparse leaves words behind that stand after an option
     if wrong := [word for word in words if word.startswith("-")]:
         return _complain(f"unknown option {wrong[0]}; settings are written key=value (see megatron-dapo --help)")
@@ -53,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megatron-dapo", description="DAPO on Megatron-Core")
     parser.add_argument("--version", action="version", version=__version__)
+    parser.set_defaults(plain=None)  # a command that takes no configuration
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_commands(commands)
     for name, command, meaning in (
         ("train", _train, "train a policy with DAPO"),
         ("eval", _evaluate, "evaluate the model at actor_rollout_ref.model.path on data.val_files"),

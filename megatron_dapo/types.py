@@ -205,3 +205,7 @@ class MicroBatch:
 
     sequences: SequenceBatch
     terms: TokenTerms
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read: names the file or tensor, what was found and what was wanted."""

@@ -7,14 +7,26 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 SHARD_BYTES = 5 * 10**9
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "additional_chat_templates",
+)
 _FORMAT = {"format": "pt"}
 
 
@@ -37,7 +49,7 @@ def save_hf(
         path.mkdir(parents=True, exist_ok=True)
         for old in path.glob("model*.safetensors*"):
             old.unlink()
-        _write_side_files(source, path, dtype)
+        copy_side_files(source, path, dtype)
         if len(set(files.values())) > 1:
             total = sum(math.prod(dims) for dims in shapes.values()) * dtype.itemsize
             index = {"metadata": {"total_size": total}, "weight_map": files}
@@ -69,10 +81,24 @@ def _assign(shapes: dict[str, tuple[int, ...]], element_size: int, shard_bytes: 
     return {name: f"model-{shard + 1:05d}-of-{number + 1:05d}.safetensors" for name, shard in shard_of.items()}
 
 
-def _write_side_files(source: str, path: Path, dtype: torch.dtype) -> None:
-    config = AutoConfig.from_pretrained(source)
-    config.dtype = dtype
-    config.save_pretrained(path)
-    AutoTokenizer.from_pretrained(source).save_pretrained(path)
-    if (Path(source) / "generation_config.json").exists():
-        GenerationConfig.from_pretrained(source).save_pretrained(path)
+def copy_side_files(source: str | Path, path: Path, dtype: torch.dtype | None = None) -> None:
+    """All of a checkpoint but its weights, byte for byte, into the existing folder `path`.
+
+    With `dtype`, config.json names that type.
+
+    Copied, not loaded and saved again: another version of transformers would write other keys, and lose what it does
+    not know.
+    """
+    for pattern in SIDE_FILES:
+        for file in Path(source).glob(pattern):
+            if file.is_dir():
+                shutil.copytree(file, path / file.name, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(file, path / file.name)
+    if dtype is None:
+        return
+    file = path / "config.json"
+    config = json.loads(file.read_text())
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    if config.get(key) != (name := str(dtype).removeprefix("torch.")):
+        file.write_text(json.dumps(config | {key: name}, indent=2) + "\n")

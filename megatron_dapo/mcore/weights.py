@@ -6,10 +6,8 @@ in the same order and gets each full tensor in turn; no rank ever holds more tha
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,18 +15,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from safetensors import SafetensorError, safe_open
 
 from megatron_dapo.mcore.families import ModelShape
 from megatron_dapo.mcore.families.names import Piece, Shard, global_name, hf_shapes, pieces, sharded_dim
+from megatron_dapo.mcore.hf_read import HfReader
 from megatron_dapo.mcore.parallel import RankLayout, current_layout
-
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read: names the file or tensor, what was found and what was wanted."""
 
 
 def load_hf(chunks: Sequence[GPTModel], shape: ModelShape, path: str | Path) -> None:
@@ -38,7 +29,7 @@ def load_hf(chunks: Sequence[GPTModel], shape: ModelShape, path: str | Path) -> 
         CheckpointError: a missing or broken file, a missing tensor, or one of another shape.
     """
     layout = current_layout()
-    with _Reader(Path(path), hf_shapes(shape)) as reader:
+    with HfReader(Path(path), hf_shapes(shape)) as reader:
         for name, param in local_parameters(chunks):
             data = param.data
             found = pieces(name, Shard(shape, layout.tp_rank, layout.tp_size))
@@ -46,21 +37,6 @@ def load_hf(chunks: Sequence[GPTModel], shape: ModelShape, path: str | Path) -> 
                 data.zero_()
             for piece in found:
                 data[piece.local_index(data.dim())] = reader.read(piece, data.dim())
-
-
-def read_hf(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every tensor in the safetensors of `path`, one at a time.
-
-    Raises:
-        CheckpointError: a missing or broken file.
-    """
-    by_file: dict[Path, list[str]] = defaultdict(list)
-    for name, file in _tensor_files(Path(path)).items():
-        by_file[file].append(name)
-    for file, names in by_file.items():
-        with _opened(file) as handle:
-            for name in names:
-                yield name, handle.get_tensor(name)
 
 
 def export_hf(chunks: Sequence[GPTModel], shape: ModelShape) -> Iterator[tuple[str, torch.Tensor]]:
@@ -127,80 +103,3 @@ def _shared(
         group = cast(dist.ProcessGroup, parallel_state.get_pipeline_model_parallel_group())
         dist.broadcast(full, dist.get_global_rank(group, owner), group=group)
     return full
-
-
-@dataclass
-class _Reader:
-    """Slices of named tensors out of one safetensors file or several."""
-
-    path: Path
-    shapes: dict[str, tuple[int, ...]]
-
-    def __enter__(self) -> _Reader:
-        self._open: dict[Path, Any] = {}
-        self._file_of = _tensor_files(self.path)
-        for name, wanted in self.shapes.items():
-            self._check(name, wanted)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._open.values():
-            handle.__exit__(None, None, None)
-
-    def read(self, piece: Piece, dims: int) -> torch.Tensor:
-        return self._handle(piece.hf_name).get_slice(piece.hf_name)[piece.hf_index(dims)]
-
-    def _check(self, name: str, wanted: tuple[int, ...]) -> None:
-        if name not in self._file_of:
-            raise CheckpointError(f"{self.path} has no tensor {name!r} (wanted shape {list(wanted)})")
-        found = tuple(self._handle(name).get_slice(name).get_shape())
-        if found != wanted:
-            raise CheckpointError(
-                f"{self._file_of[name]}: tensor {name!r} has shape {list(found)}, its config.json wants {list(wanted)}"
-            )
-
-    def _handle(self, name: str) -> Any:
-        file = self._file_of[name]
-        if file not in self._open:
-            self._open[file] = _opened(file)
-        return self._open[file]
-
-
-def _tensor_files(path: Path) -> dict[str, Path]:
-    """tensor name -> the file it is in."""
-    index, single = path / _INDEX, path / _SINGLE
-    if not index.exists():
-        if not single.exists():
-            raise CheckpointError(f"{path} has neither {_SINGLE} nor {_INDEX}; wanted a Hugging Face checkpoint")
-        return dict.fromkeys(_tensor_names(single), single)
-    file_of = {name: path / file for name, file in _weight_map(index).items()}
-    held = {}
-    for file in sorted(set(file_of.values())):
-        if not file.exists():
-            raise CheckpointError(f"{index} names {file.name}, which is not there; fetch the checkpoint again")
-        held[file] = set(_tensor_names(file))
-    for name, file in file_of.items():
-        if name not in held[file]:
-            raise CheckpointError(f"{file} has no tensor {name!r}, which {_INDEX} says is in it")
-    return file_of
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        return json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError) as error:
-        raise CheckpointError(f"{index} is no index of safetensors, it should hold weight_map: {error!r}") from error
-
-
-def _tensor_names(file: Path) -> list[str]:
-    with _opened(file) as handle:
-        return list(handle.keys())
-
-
-def _opened(file: Path) -> Any:
-    try:
-        return safe_open(str(file), framework="pt")
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{file} ({file.stat().st_size} bytes) cannot be read as safetensors: {error}; fetch the checkpoint again"
-        ) from error

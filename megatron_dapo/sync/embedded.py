@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from megatron_dapo.mcore.weights import read_hf
+from megatron_dapo.mcore.hf_read import read_hf
 from megatron_dapo.runtime.group import WorkerGroup
 from megatron_dapo.runtime.host import WorkerHost
 from megatron_dapo.workers.policy import PolicyWorker

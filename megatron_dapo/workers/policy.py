@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from megatron_dapo.config.tree import MegatronConfig, OptimConfig
 from megatron_dapo.mcore import checkpoint
+from megatron_dapo.mcore.dist_read import check_model
 from megatron_dapo.mcore.families import shape_of
 from megatron_dapo.mcore.families.names import hf_shapes
 from megatron_dapo.mcore.fused_loss import Objective
@@ -26,6 +27,7 @@ from megatron_dapo.mcore.optimizer import (
     zero_gradients,
 )
 from megatron_dapo.mcore.parallel import RankLayout, initialize
+from megatron_dapo.mcore.safe_load import refuse_foreign_pickles
 from megatron_dapo.mcore.schedule import Model, TokenStats, forward_backward, log_probs
 from megatron_dapo.mcore.weights import export_hf, load_hf
 from megatron_dapo.types import MicroBatch, SequenceBatch
@@ -119,6 +121,7 @@ class PolicyWorker:
 
     def load(self, path: str) -> None:
         """What `save` wrote, on any layout."""
+        check_model(Path(path), refuse_foreign_pickles(path), self.shape)
         checkpoint.load(self.chunks, self.optimizer, path)
 
     def save_hf(self, path: str) -> None:

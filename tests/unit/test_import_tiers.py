@@ -21,15 +21,16 @@ ROOT = Path(__file__).parents[2] / PACKAGE
 # From the ground up. A part may import itself and the tiers before its own; parts of one tier never each other.
 TIERS = (
     ("types", "config"),
-    ("algo",),
+    ("algo", "manifest"),
     ("data", "rewards", "obs"),
     ("mcore", "rollout", "runtime"),
     ("workers",),
     ("sync",),
-    ("checkpoints", "evaluation", "interrupts", "training_step"),
+    ("verification",),
+    ("checkpoints", "conversion", "evaluation", "inspection", "interrupts", "training_step"),
     ("trainer",),
     ("assembly",),
-    ("launch",),
+    ("checkpoint_commands", "launch"),
     ("cli",),
     ("__main__",),
 )

@@ -104,6 +104,22 @@ def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def megatron_names(shape: ModelShape) -> list[str]:
+    """Every parameter of the model, layer by layer; norms under their fused names.
+
+    Megatron's checkpoints hold these names for both layer specs: the local one maps its own to them when it saves.
+    """
+    present = hf_shapes(shape)
+
+    def known(name: str) -> bool:
+        return all(piece.hf_name in present for piece in pieces(name, Shard(shape, 0, 1)))
+
+    inner = [name for name in _LAYER if name not in ("input_layernorm.weight", "pre_mlp_layernorm.weight")]
+    layers = [f"decoder.layers.{number}.{name}" for number in range(shape.num_layers) for name in inner]
+    names = ["embedding.word_embeddings.weight", *layers, "decoder.final_layernorm.weight"]
+    return [name for name in names if known(name)] + ([] if shape.tied else ["output_layer.weight"])
+
+
 def global_name(name: str, layer_offset: int) -> str:
     """Megatron counts layers from 0 on each pipeline stage; here from 0 over the model. DDP's `module.` is cut."""
     name = name.removeprefix("module.")

@@ -68,6 +68,15 @@ def load_model(path: Path, config: MegatronConfig | None = None) -> tuple[list[G
     return chunks, shape
 
 
+def save_model(chunks: Sequence[GPTModel], folder: Path) -> Path:
+    """The model alone, by Megatron's own `dist_checkpointing`, into the new `folder`."""
+    from megatron.core import dist_checkpointing
+
+    folder.mkdir()
+    dist_checkpointing.save({str(i): chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}, str(folder))
+    return folder
+
+
 @dataclass(frozen=True)
 class Training:
     """A model with its optimizer, fed with made-up gradients."""

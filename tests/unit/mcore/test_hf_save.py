@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from megatron_dapo.mcore.hf_read import read_hf
 from megatron_dapo.mcore.hf_save import save_hf
-from megatron_dapo.mcore.weights import read_hf
 
 Tensors = dict[str, torch.Tensor]
 
@@ -123,3 +123,15 @@ def test_a_second_export_replaces_the_first(source: Path, tensors: Tensors, tmp_
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all(torch.equal(weights(model)[name], tensor) for name, tensor in newer.items())
     assert all(torch.equal(tensor, newer[name]) for name, tensor in read_hf(tmp_path / "out"))
+
+
+def test_what_this_version_of_transformers_would_change_or_drop_comes_along(
+    source: Path, tensors: Tensors, tmp_path: Path
+):
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"a_key_of_a_later_version": [1]}))
+    save(tensors, source, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    save(tensors, source, tmp_path / "rounded", torch.bfloat16)
+    changed = json.loads((tmp_path / "rounded" / "config.json").read_text())
+    assert changed == config | {"a_key_of_a_later_version": [1], "dtype": "bfloat16"}

@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from megatron_dapo.mcore.families.names import hf_shapes
+from megatron_dapo.mcore.hf_read import read_hf
 from megatron_dapo.mcore.parallel import RankLayout
-from megatron_dapo.mcore.weights import CheckpointError, export_hf, load_hf, local_parameters, read_hf
+from megatron_dapo.mcore.weights import export_hf, load_hf, local_parameters
+from megatron_dapo.types import CheckpointError
 from tests.unit.mcore.helpers import FUSED_NORMS, SHAPE, load_model, local_shapes
 
 MODELS = [(family, tied) for tied in (False, True) for family in ("qwen2", "qwen3", "llama")]

@@ -11,9 +11,11 @@ import torch
 import transformers
 
 from megatron_dapo.config.tree import MegatronConfig, OptimConfig
+from megatron_dapo.types import CheckpointError
 from megatron_dapo.workers.policy import PolicyWorker, UpdateShard, UpdateStats
 from tests.functional import oracle
-from tests.functional.tiny_models import make_rollouts
+from tests.functional.tiny_models import make_rollouts, save_tiny_model
+from tests.unit.mcore.helpers import save_model
 from tests.unit.workers.one_rank import policy_worker, settings_of, training_batch
 
 SEQUENCES = make_rollouts().sequences
@@ -96,6 +98,17 @@ def test_training_goes_on_from_a_saved_state(model: Path, tmp_path: Path):
         worker.load(str(tmp_path))
         assert update(worker, lr=0.05) == wanted
         assert same(weights(worker), after)
+
+
+def test_the_state_of_a_model_with_another_vocabulary_is_refused_with_the_tensor(model: Path, tmp_path: Path):
+    save_tiny_model(tmp_path / "other", "qwen2", tied=False, layers=2, vocab=57)
+    with policy_worker(settings_of(tmp_path / "other")) as worker:
+        save_model(worker.chunks, tmp_path / "state")
+    with policy_worker(settings_of(model)) as worker:
+        before = weights(worker)
+        with pytest.raises(CheckpointError, match=r"embedding\.word_embeddings\.weight has shape \[57, 32\]"):
+            worker.load(str(tmp_path / "state"))
+        assert same(weights(worker), before)
 
 
 def test_the_exported_checkpoint_computes_the_policy(model: Path, tmp_path: Path):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_dapo.mcore.weights import read_hf
+from megatron_dapo.mcore.hf_read import read_hf
 from megatron_dapo.rollout.torch_engine import TorchEngine
 from megatron_dapo.runtime.host import WorkerHost
 from megatron_dapo.runtime.spmd import SpmdControl

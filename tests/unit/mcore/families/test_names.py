@@ -12,7 +12,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_dapo.mcore.families import FAMILIES, ModelShape
-from megatron_dapo.mcore.families.names import Piece, Shard, global_name, hf_shapes, pieces, sharded_dim
+from megatron_dapo.mcore.families.names import (
+    Piece,
+    Shard,
+    global_name,
+    hf_shapes,
+    megatron_names,
+    pieces,
+    sharded_dim,
+)
 from tests.unit.mcore.helpers import FUSED_NORMS, SHAPE, local_shapes
 
 
@@ -179,3 +187,10 @@ def test_mbridge_cuts_the_same_shards(family: str, tp_size: int):
             for piece in pieces(name, Shard(shape, tp_rank, tp_size)):
                 local[piece.local_index(len(dims))] = tensors[piece.hf_name][piece.hf_index(len(dims))]
             assert torch.equal(local, wanted[tp_rank]), name
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_names_of_a_model_are_those_of_its_parameters(family: str, tied: bool):
+    shape = replace(SHAPE, family=FAMILIES[family], tied=tied)
+    assert sorted(megatron_names(shape)) == sorted(local_shapes(shape, 1, fused_norms=True))
