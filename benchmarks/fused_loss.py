@@ -108,27 +108,16 @@ def _cost(shape: Shape, side: str, chunk: int | None, answers: Sequence[dict[str
 
 def cost_table(costs: Sequence[Cost], rate: float) -> Table:
     table = Table(title=f"{costs[0].shape}; products alone: {rate:.1f} GFLOP/s", title_justify="left")
-    names = (
-        "side",
-        "chunk MiB",
-        "s",
-        "lowest",
-        "highest",
-        "of product rate",
-        "workspace MiB",
-        "total peak MiB",
-        "eager /",
-    )
+    names = ("side", "chunk MiB", "s", "lowest", "highest", "of product rate", "workspace MiB", "peak MiB")
+    names += ("eager s /", "eager workspace /")
     for name in names:
         table.add_column(name, justify="left" if name == "side" else "right")
     eager = next((cost for cost in costs if cost.side == "eager"), None)
     for cost in costs:
         times = (f"{number:.3f}" for number in (cost.seconds, cost.lowest, cost.highest))
-        ratio = (
-            ""
-            if eager is None
-            else f"{eager.seconds / cost.seconds:.2f}, {eager.workspace_mib / cost.workspace_mib:.0f}"
-        )
+        ratios = ("", "")
+        if eager is not None:
+            ratios = (f"{eager.seconds / cost.seconds:.2f}", f"{eager.workspace_mib / cost.workspace_mib:.1f}")
         memory = (f"{cost.workspace_mib:.0f}", f"{cost.total_peak_mib:.0f}")
         table.add_row(cost.side, str(cost.chunk_mib or "all"), *times, f"{cost.product_share:.0%}", *memory, *ratios)
     return table
