@@ -59,6 +59,10 @@ METRICS: dict[str, Metric] = {
     "actor/clipped_low": Metric("share", "tokens whose ratio was clipped at 1 - clip_ratio_low"),
     "actor/dual_clipped": Metric("share", "tokens whose loss was limited by clip_ratio_c"),
     "actor/clamped": Metric("share", "tokens whose log-ratio was clamped before the exponential"),
+    "actor/tis_weight": Metric(
+        "ratio", "truncated importance weight (trainer over engine) of a token, the mean; 0: off"
+    ),
+    "actor/tis_capped": Metric("share", "tokens whose importance weight was above its cap"),
     "actor/grad_norm": Metric("norm", "gradient norm before clipping, the mean over the step's updates"),
     "actor/lr": Metric("rate", "learning rate of the step's last update"),
     "actor/updates": Metric("updates", "optimizer updates of the step, skipped ones apart"),

@@ -38,6 +38,7 @@ TIERS = (
 OWNERS = {
     "megatron": "mcore/",
     "transformer_engine": "mcore/",
+    "triton": "mcore/fused/kernels.py",
     "ray": "runtime/ray.py",
     "sglang": "rollout/sglang.py",
     "vllm": "rollout/vllm.py",

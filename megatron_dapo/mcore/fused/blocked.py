@@ -40,33 +40,33 @@ class BlockedShard:
         if self._temperature != 1.0:
             self._hidden = self._hidden / self._temperature
         self._columns = torch.arange(len(targets), device=targets.device)
-        self._targets = targets - self._first
+        self._places = [self._target_places(targets - self._first, start, stop) for start, stop in self._blocks]
         self._found = hidden.new_empty(len(self._blocks), STATISTICS, len(targets), dtype=self._dtype)
-        for index, (start, stop) in enumerate(self._blocks):
-            self._block_statistics(start, stop, self._found[index])
+        for index in range(len(self._blocks)):
+            self._block_statistics(index, self._found[index])
         return self._found[0] if len(self._blocks) == 1 else merge(self._found)
 
     def backward(self, softmax: Softmax, slopes: Slopes, d_hidden: Tensor, d_weight: Tensor) -> None:
         direct = d_hidden.dtype is self._dtype
         total = d_hidden if direct else torch.empty_like(d_hidden, dtype=self._dtype)
-        total.zero_()
         scales = (self._found[:, 0] - softmax.maximum).exp_().div_(softmax.total)
-        for scale, (start, stop) in zip(scales, self._blocks, strict=True):
-            d_logits = self._block_gradient(start, stop, scale, softmax, slopes)
-            total.addmm_(d_logits.T, self._rows(start, stop))
+        for index, (start, stop) in enumerate(self._blocks):
+            d_logits = self._block_gradient(index, scales[index], softmax, slopes)
+            torch.addmm(total, d_logits.T, self._rows(start, stop), beta=1 if start else 0, out=total)
             d_weight[start:stop].addmm_(d_logits, self._hidden)
         if self._temperature != 1.0:
             total /= self._temperature
         if not direct:
             d_hidden.copy_(total)
 
-    def _block_statistics(self, start: int, stop: int, found: Tensor) -> None:
+    def _block_statistics(self, index: int, found: Tensor) -> None:
+        start, stop = self._blocks[index]
         logits, powers = self._held(start, stop), self._view(self._scratch, 0, stop - start)
         maximum, total, target, weighted = found.unbind(0)
         torch.mm(self._rows(start, stop), self._hidden.T, out=logits)
         if stop > self._real:
             logits[max(0, self._real - start) :] = PADDING
-        place, owned = self._target_places(start, stop)
+        place, owned = self._places[index]
         torch.mul(logits.view(-1)[place], owned, out=target)
         torch.amax(logits, 0, out=maximum)
         logits -= maximum
@@ -77,10 +77,11 @@ class BlockedShard:
         if self._keep:
             logits.copy_(powers)
 
-    def _block_gradient(self, start: int, stop: int, scale: Tensor, softmax: Softmax, slopes: Slopes) -> Tensor:
+    def _block_gradient(self, index: int, scale: Tensor, softmax: Softmax, slopes: Slopes) -> Tensor:
         """[block,c], where its exponentials were: d_logp (1[target] - p) - d_entropy p (log p + entropy)."""
+        start, stop = self._blocks[index]
         held = self._held(start, stop)
-        place, owned = self._target_places(start, stop)
+        place, owned = self._places[index]
         if slopes.entropy is None:
             held *= -slopes.logp * scale
         else:
@@ -91,9 +92,9 @@ class BlockedShard:
         held.view(-1).index_add_(0, place, slopes.logp * owned)
         return held
 
-    def _target_places(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def _target_places(self, targets: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Where in the flat block each token's target lies, and whether it is there at all (else: anywhere)."""
-        row = self._targets - start
+        row = targets - start
         owned = (row >= 0) & (row < stop - start)
         return row.clamp_(0, stop - start - 1).mul_(len(self._columns)).add_(self._columns), owned
 
