@@ -51,7 +51,7 @@ def test_every_family_goes_round_through_every_layout_to_the_last_bit(
     cases = []
     for family, tied in families:
         model = f"{family}{'-tied' * tied}"
-        save_tiny_model(tmp_path / model, family, tied, kv_heads=4 if world > 2 else None)
+        save_tiny_model(tmp_path / model, family, tied)
         hf_to_megatron(tmp_path / model, tmp_path / f"{model}-converted", Conversion(shard_bytes=50_000))
         for megatron in layouts:
             name = f"{model} {' '.join(map(str, megatron.values()))}"

@@ -20,7 +20,6 @@ def save_tiny_model(
     tied: bool,
     layers: int = 4,
     seed: int = 3,
-    kv_heads: int | None = None,
     vocab: int = VOCAB,
     sharpness: float = 4.0,
     bf16: bool = False,
@@ -36,7 +35,7 @@ def save_tiny_model(
         "intermediate_size": 48,
         "num_hidden_layers": layers,
         "num_attention_heads": 8,
-        "num_key_value_heads": kv_heads or (8 if family == "llama" else 4),
+        "num_key_value_heads": 8 if family == "llama" else 4,
         "max_position_embeddings": 128,
         "tie_word_embeddings": tied,
     }
