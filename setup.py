@@ -24,6 +24,7 @@ CORE = [
     "PyYAML>=6.0",
     "pyarrow>=16",
     "rich>=13",
+    "xxhash>=3.4",
     "math-verify>=0.8",
     "nltk>=3.9",
     "psutil>=5.9",  # megatron-core imports it for checkpoints and does not declare it

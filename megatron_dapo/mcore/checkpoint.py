@@ -7,15 +7,31 @@ which AdamW would advance once a parameter; the other ones leave a `step` of 0 o
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_dapo.mcore.shard_write import PendingWrite, ShardFiles, WriteFailure, Written
+
+# Megatron would start a process for this queue at the first save, which takes seconds and dies of a scheduler's
+# signals. Nothing is put into it here.
+filesystem_async._results_queue = queue.SimpleQueue()
 
 _SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -24,14 +40,65 @@ _SHARDING = {
 }
 
 
-def save(chunks: Sequence[GPTModel], optimizer: ChainedOptimizer, path: str | Path) -> None:
-    """Write both into the existing, empty folder `path`. Collective."""
+class Save:
+    """A save under way: `start_save` plans it, `outcome` says how this rank's part went, `finish` ends it.
+
+    No rank waits for another after the planning, and a failed write raises nowhere (see `shard_write.py`).
+    """
+
+    def __init__(self, plan: _Plan, files: ShardFiles, background: bool):
+        self._plan, self._write = plan, PendingWrite(files, background)
+
+    def outcome(self, wait: bool) -> Written | WriteFailure | None:
+        """This rank's part; None while it is being written."""
+        return self._write.outcome(wait)
+
+    def abandon(self) -> None:
+        self._write.abandon()
+
+    def finish(self, results: Sequence[Sequence[WriteResult]]) -> WriteFailure | None:
+        """On rank 0, when all parts are there: write which tensor lies where. `results` are those of each rank."""
+        try:
+            self._plan.writer.finish(self._plan.metadata, [list(found) for found in results])
+            save_config(CheckpointingConfig("torch_dist", 1), str(self._plan.path))
+        except OSError as error:
+            return WriteFailure(f"{error.strerror or error} ({error.filename or self._plan.path})")
+        return None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What `torch.distributed.checkpoint` has settled: who writes what. `metadata` is None but on rank 0."""
+
+    path: Path
+    writer: FileSystemWriterAsync
+    metadata: Any
+
+
+def start_save(chunks: Sequence[GPTModel], optimizer: ChainedOptimizer, path: str | Path, background: bool) -> Save:
+    """Begin to write both into the existing, empty folder `path`. Collective; writes nothing before it returns
+    but, without `background`, this rank's own files."""
     _make_adam_state(optimizer)
-    dist_checkpointing.save(_sharded_state(chunks, optimizer, loading=False), str(path))
+    sharded, common = save_preprocess(_sharded_state(chunks, optimizer, loading=False))
+    strategy = _Planner("torch_dist", 1)
+    request = strategy.async_save(sharded, Path(path))  # type: ignore[arg-type]
+    buckets = request.preload_fn() if request.preload_fn else []
+    first = dist.get_rank() == 0
+    files = ShardFiles(buckets, (Path(path) / "common.pt", common) if first else None)
+    writer, metadata, _ = strategy.planned
+    return Save(_Plan(Path(path), writer, metadata), files, background)
+
+
+class _Planner(TorchDistSaveShardedStrategy):
+    """Megatron's own planning, whose result is kept: writing and gathering are done here without collectives."""
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> AsyncRequest:
+        self.planned = save_state_dict_ret
+        return super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
 
 
 def load(chunks: Sequence[GPTModel], optimizer: ChainedOptimizer, path: str | Path) -> None:
-    """Read what `save` wrote, also on another layout. Collective."""
+    """Read what was saved, also on another layout. Collective."""
     _make_adam_state(optimizer)
     state: dict[str, Any] = dist_checkpointing.load(_sharded_state(chunks, optimizer, loading=True), str(path))  # type: ignore[assignment]
     for index, chunk in enumerate(chunks):
