@@ -45,7 +45,8 @@ def find(
     if resume_mode != "auto":
         return verified(Path(resume_mode), wanted, digest)
     entries = [entry for store in stores for entry in store.entries()]
-    for entry in sorted(entries, key=lambda entry: (entry.sequence, entry.step), reverse=True):
+    # First those whose meta data cannot be read: they might be the newest, so that much has to be said.
+    for entry in sorted(entries, key=lambda e: (bool(e.problem), e.sequence, e.step), reverse=True):
         try:
             return verified(entry.path, wanted, digest)
         except DamagedCheckpointError as error:

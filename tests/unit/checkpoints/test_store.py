@@ -1,159 +1,150 @@
-"""A checkpoint is found whole or not at all, and gives back the state that it was given."""
+"""A checkpoint is found whole or not at all, whatever moment a process was killed at."""
 
 from __future__ import annotations
 
-import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
-from megatron_dapo.checkpoints import CheckpointStore
-
-STATE = {
-    "step": 40,
-    "rate": 0.1 + 0.2,
-    "none": None,
-    "flag": True,
-    "text": "naïve\n",
-    "nan": float("nan"),
-    "nested": [{"ids": np.arange(5), "more": [[1, 2.5], [], {}]}, np.array([[1.5, -0.0]], np.float32)],
-    "scalar array": np.array(7.0),
-    "no elements": np.zeros((0, 3), np.int32),
-    "every other": np.arange(10, dtype=np.int64)[::2],
-}
+from megatron_dapo.checkpoints.store import CheckpointStore, next_sequence
+from tests.unit.checkpoints.small import Publish, draft_of
 
 
-def write_model(folder: str) -> None:
-    Path(folder, "weights").write_text("new")
+def names(store: CheckpointStore) -> list[str]:
+    return sorted(path.name for path in store.root.iterdir())
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> CheckpointStore:
-    return CheckpointStore(tmp_path)
+def found(store: CheckpointStore) -> list[str]:
+    return [entry.path.name for entry in store.entries()]
 
 
-def test_a_state_comes_back_as_it_was(store: CheckpointStore):
-    found = store.read_state(store.save(3, STATE, write_model))
-    assert_equal(found, STATE)
+def test_nothing_is_there_before_the_first(store: CheckpointStore):
+    assert store.entries() == []
+    assert next_sequence(store) == 1
+    store.recover()
 
 
-def assert_equal(found: Any, wanted: Any) -> None:
-    if isinstance(wanted, dict):
-        assert found.keys() == wanted.keys()
-        for key in wanted:
-            assert_equal(found[key], wanted[key])
-    elif isinstance(wanted, list):
-        assert len(found) == len(wanted)
-        for pair in zip(found, wanted, strict=True):
-            assert_equal(*pair)
-    elif isinstance(wanted, np.ndarray):
-        assert (found.dtype, found.shape, found.tobytes()) == (wanted.dtype, wanted.shape, wanted.tobytes())
-    else:
-        assert type(found) is type(wanted)
-        assert found == wanted or (found != found and wanted != wanted)  # NaN
+def test_the_newest_comes_first_and_latest_names_it(store: CheckpointStore, publish: Publish):
+    publish(7), publish(12)
+    assert found(store) == ["step_00000012", "step_00000007"]
+    assert [entry.sequence for entry in store.entries()] == [2, 1]
+    assert (store.root / "latest").read_text() == "step_00000012"
+    assert names(store) == ["latest", "step_00000007", "step_00000012"]
 
 
-def test_numpy_numbers_and_tuples_come_back_as_plain_ones(store: CheckpointStore):
-    path = store.save(1, {"count": np.int64(3), "rate": np.float32(0.5), "pair": (1, np.bool_(True))}, write_model)
-    assert_equal(store.read_state(path), {"count": 3, "rate": 0.5, "pair": [1, True]})
+def test_newer_is_what_was_published_later_not_what_has_more_steps(store: CheckpointStore, publish: Publish):
+    publish(40), publish(20)  # a run that went back to step 10 and on from there
+    assert found(store) == ["step_00000020", "step_00000040"]
 
 
-def test_a_state_without_arrays_is_kept(store: CheckpointStore):
-    assert store.read_state(store.save(1, {"step": 1}, write_model)) == {"step": 1}
+def test_a_draft_is_no_checkpoint_and_has_a_folder_of_its_own(store: CheckpointStore, publish: Publish):
+    publish(7)
+    first, second = store.begin(12), store.begin(12)
+    assert first != second
+    assert found(store) == ["step_00000007"]
+    assert next_sequence(store) == 2
 
 
-@pytest.mark.parametrize("state", [{"a": {1: "one"}}, {"a": {2, 3}}, {"a": b"raw"}], ids=["key", "set", "bytes"])
-def test_a_state_that_would_come_back_changed_is_refused(store: CheckpointStore, state: dict[str, Any]):
-    with pytest.raises(TypeError):
-        store.save(1, state, write_model)
-    assert store.find("auto") is None
+def test_a_checkpoint_of_the_same_step_is_replaced(store: CheckpointStore, publish: Publish):
+    publish(7, b"old")
+    path = publish(7, b"new")
+    assert (path / "megatron" / "__0_0.distcp").read_bytes() == b"new"
+    assert names(store) == ["latest", "step_00000007"]
 
 
-def test_the_latest_checkpoint_is_found(store: CheckpointStore, tmp_path: Path):
-    assert store.find("auto") is None
-    first = store.save(7, {"step": 7}, write_model)
-    assert store.find("auto") == first == tmp_path / "checkpoints" / "step_00000007"
-    second = store.save(12, {"step": 12}, write_model)
-    assert CheckpointStore(tmp_path).find("auto") == second
-    assert (second / "megatron" / "weights").read_text() == "new"
-    assert sorted(path.name for path in store.root.iterdir()) == ["latest", "step_00000007", "step_00000012"]
+def test_a_folder_without_meta_data_is_listed_with_its_problem(store: CheckpointStore, publish: Publish):
+    (publish(7) / "meta.json").unlink()
+    (entry,) = store.entries()
+    assert "meta.json is missing" in entry.problem
+    assert entry.sequence == -1
 
 
-def test_where_to_resume_can_be_said(store: CheckpointStore):
-    first, _ = store.save(7, {}, write_model), store.save(12, {}, write_model)
-    assert store.find("disable") is None
-    assert store.find(str(first)) == first
+class KilledError(BaseException):
+    """Stands for SIGKILL: nothing handles it."""
 
 
-def interrupted(folder: str) -> None:
-    Path(folder, "half").write_text("of it")
-    raise KeyboardInterrupt
+def killed_at(function: str, count: int) -> Callable[[pytest.MonkeyPatch], None]:
+    """The process ends before the `count`-th call of `function` of os or shutil."""
+
+    def install(patch: pytest.MonkeyPatch) -> None:
+        module = shutil if function == "rmtree" else os
+        real, calls = getattr(module, function), iter(range(1, 100))
+
+        def ending(*args, **kwargs):
+            if next(calls) == count:
+                raise KilledError
+            return real(*args, **kwargs)
+
+        patch.setattr(module, function, ending)
+
+    return install
 
 
-def test_an_interrupted_write_leaves_the_checkpoint_before_it(store: CheckpointStore):
-    before = store.save(7, {"step": 7}, write_model)
-    for step in (7, 12):
-        with pytest.raises(KeyboardInterrupt):
-            store.save(step, {"step": step, "new": True}, interrupted)
-        assert store.find("auto") == before
-        assert store.read_state(before) == {"step": 7}
-        assert (before / "megatron" / "weights").read_text() == "new"
-    assert not (store.root / "step_00000012").exists()
+MOMENTS = [("rename", 1), ("rename", 2), ("replace", 1), ("rmtree", 1)]
 
 
-def test_a_write_after_an_interrupted_one_has_none_of_its_files(store: CheckpointStore):
-    with pytest.raises(KeyboardInterrupt):
-        store.save(12, {}, interrupted)
-    path = store.save(12, {"step": 12}, write_model)
-    assert [file.name for file in (path / "megatron").iterdir()] == ["weights"]
-    assert sorted(file.name for file in store.root.iterdir()) == ["latest", "step_00000012"]
-
-
-def test_a_checkpoint_of_the_same_step_is_replaced(store: CheckpointStore):
-    store.save(7, {"old": np.arange(3)}, lambda folder: Path(folder, "old").write_text(""))
-    path = store.save(7, {"new": 1}, write_model)
-    assert store.read_state(path) == {"new": 1}
-    assert [file.name for file in (path / "megatron").iterdir()] == ["weights"]
-    assert sorted(file.name for file in store.root.iterdir()) == ["latest", "step_00000007"]
-
-
-def without(name: str) -> Callable[[Path], None]:
-    return lambda path: (path / name).unlink()
-
-
-def another_format(path: Path) -> None:
-    (path / "trainer.json").write_text(json.dumps({"format": 99, "state": {}}))
-
-
-def cut(name: str) -> Callable[[Path], object]:
-    return lambda path: (path / name).write_bytes((path / name).read_bytes()[:20])
-
-
-@pytest.mark.parametrize(
-    ("damage", "named"),
-    [
-        (without("trainer.json"), "trainer.json"),
-        (without("arrays.safetensors"), "arrays.safetensors"),
-        (another_format, "format 99; this version reads 1"),
-        (cut("trainer.json"), "damaged"),
-        (cut("arrays.safetensors"), "damaged"),
-    ],
-    ids=["no state", "no arrays", "format", "cut state", "cut arrays"],
-)
-def test_a_checkpoint_that_cannot_be_read_is_named(
-    store: CheckpointStore, damage: Callable[[Path], object], named: str
+@pytest.mark.parametrize(("function", "count"), MOMENTS, ids=[f"{name} {count}" for name, count in MOMENTS])
+def test_a_kill_at_any_moment_of_publishing_leaves_a_whole_checkpoint(
+    store: CheckpointStore, publish: Publish, function: str, count: int
 ):
-    path = store.save(7, STATE, write_model)
-    damage(path)
-    with pytest.raises(ValueError) as caught:
-        store.read_state(path)
-    assert str(path) in str(caught.value)
-    assert named in str(caught.value)
+    publish(6), publish(7, b"old")
+    draft = draft_of(store, 7, b"new", sequence=3)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KilledError):
+        killed_at(function, count)(patch)
+        store.publish(draft, 7)
+    store.recover()
+    first, second = store.entries()
+    assert (first.step, second.step) == (7, 6)
+    weights = (first.path / "megatron" / "__0_0.distcp").read_bytes()
+    assert weights == (b"old" if function == "rename" else b"new")
+    assert first.sequence == (2 if function == "rename" else 3)
+    assert not [name for name in names(store) if name.startswith(".step")]
+    assert (store.root / (store.root / "latest").read_text()).is_dir()
 
 
-def test_a_path_that_is_no_checkpoint_is_named(store: CheckpointStore, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"nowhere is no whole checkpoint: .*trainer\.json.*megatron"):
-        store.read_state(store.find(str(tmp_path / "nowhere")) or tmp_path)
+def test_only_the_newest_are_kept(store: CheckpointStore, publish: Publish):
+    for step in (1, 2, 3, 4):
+        publish(step)
+    assert [path.name for path in store.prune(2)] == ["step_00000002", "step_00000001"]
+    assert names(store) == ["latest", "step_00000003", "step_00000004"]
+    assert store.prune(2) == []
+
+
+@pytest.mark.parametrize("damage", ["megatron/__0_0.distcp", "checksums.json", "meta.json"])
+def test_the_newest_whole_one_is_never_deleted(store: CheckpointStore, publish: Publish, damage: str):
+    publish(1), publish(2)
+    for step in (3, 4):
+        (publish(step) / damage).unlink()
+    store.prune(1)
+    left = found(store)
+    assert "step_00000002" in left
+    assert "step_00000001" not in left
+
+
+def test_a_cut_shard_does_not_count_as_whole(store: CheckpointStore, publish: Publish):
+    publish(1)
+    (publish(2) / "megatron" / "__0_0.distcp").write_bytes(b"w")
+    assert store.prune(1) == []
+    assert found(store) == ["step_00000002", "step_00000001"]
+
+
+def test_a_deletion_stopped_half_way_leaves_no_half_checkpoint(store: CheckpointStore, publish: Publish):
+    publish(1), publish(2)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KilledError):
+        killed_at("rmtree", 1)(patch)
+        store.prune(1)
+    assert found(store) == ["step_00000002"]
+    store.recover()
+    assert names(store) == ["latest", "step_00000002"]
+
+
+def test_what_a_killed_run_still_writes_stays_out_of_the_next_one(store: CheckpointStore):
+    draft = store.begin(7)
+    store.recover()
+    assert not draft.exists()
+    with pytest.raises(FileNotFoundError):
+        Path(draft, "megatron", "late").write_bytes(b"")
+    assert store.begin(7) != draft
