@@ -36,7 +36,10 @@ class DigestingFile:
         self._hash, self._bytes = xxhash.xxh3_128(), 0
 
     def write(self, data: Any) -> int:
-        count = self._file.write(data)
+        try:
+            count = self._file.write(data)
+        except OSError as error:  # that of a write names no file
+            raise OSError(error.errno, error.strerror, str(self._file.name)) from error
         self._hash.update(data)
         self._bytes += count
         return count

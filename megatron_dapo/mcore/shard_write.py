@@ -113,9 +113,14 @@ def _write_bucket(bucket: Any) -> tuple[str, list[WriteResult], FileDigest]:
     with DigestingFile(path) as file:
         results = [
             _write_item(transforms, _Unclosed(file), data, item, name, how)  # type: ignore[arg-type]
-            for item, data in [*byte_items, *tensor_items]
+            for item, data in [*byte_items, *((item, _compact(tensor)) for item, tensor in tensor_items)]
         ]
     return name, results, file.digest
+
+
+def _compact(tensor: torch.Tensor) -> torch.Tensor:
+    """Without the rest of the buffer that it is a part of, which torch would save with it."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 class _Unclosed:
@@ -141,10 +146,16 @@ def _write_apart(files: ShardFiles, sender: Connection, parent: int) -> None:
 def _outcome(write: Callable[[], Written]) -> Written | WriteFailure:
     try:
         return write()
-    except OSError as error:
-        return WriteFailure(f"{error.strerror or error} ({error.filename or 'no file named'})")
-    except Exception:
-        return WriteFailure(traceback.format_exc())
+    except Exception as error:
+        cause = _disk_error(error)
+        return WriteFailure(traceback.format_exc() if cause is None else f"{cause.strerror} ({cause.filename})")
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """The OSError behind `error`: torch.save answers a full disk with an error of its own."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _ending(exitcode: int | None) -> str:

@@ -185,8 +185,8 @@ def test_an_error_of_the_drivers_own_stays_itself_and_ends_ranks_that_hang(folde
 def test_signals_are_the_drivers(folder: Path):
     assert _found(folder, "signals_come") == {"error": "KeyboardInterrupt: "}
     assert _statuses(folder, "signals_come") == ["1", "0", "0"]
-    assert _found(folder, "terminated") == {"error": "SystemExit: 143"}
-    assert _statuses(folder, "terminated") == ["143", "0", "0"]
+    assert _found(folder, "terminated") == {"error": f"SystemExit: {REQUEUE}"}
+    assert _statuses(folder, "terminated") == [str(REQUEUE), "0", "0"]
 
 
 def test_a_killed_driver_leaves_nobody_behind(folder: Path):
