@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from megatron_dapo.exit_codes import REQUEUE
+
 SCRIPT = Path(__file__).with_name("spmd_cases.py")
 ROOT = SCRIPT.parents[2]
 UNDER_TORCHRUN = ("raise", "kill")  # here the launcher itself has a part: it ends all ranks when one exits badly
