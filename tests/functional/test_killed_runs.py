@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,7 @@ from megatron_dapo.workers import policy
 from megatron_dapo.workers.policy_group import PolicyGroup
 from megatron_dapo.workers.rollout import RolloutFleet
 
+MEGATRON = "actor_rollout_ref.actor.megatron"
 PROMPTS = 24  # of the workspace
 SETTINGS = [
     "trainer.total_training_steps=8",
@@ -165,3 +170,37 @@ def _write_slowly() -> None:
         return real(bucket)
 
     shard_write._write_bucket = slowly
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["tensor_model_parallel_size=2", "sequence_parallel=true"],
+        pytest.param(["pipeline_model_parallel_size=2"], marks=pytest.mark.slow),
+        pytest.param([], marks=pytest.mark.slow),
+    ],
+    ids=["TP2 SP", "PP2", "DP2"],
+)
+def test_on_another_layout_it_goes_on_with_the_same_groups_and_losses(
+    config: Path, reference: Path, tmp_path: Path, layout: list[str]
+):
+    out = tmp_path / "run"
+    shutil.copytree(reference / "checkpoints" / "step_00000006", out / "checkpoints" / "step_00000006")
+    overrides = [f"trainer.default_local_dir={out}", *SETTINGS, *(f"{MEGATRON}.{setting}" for setting in layout)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "megatron_dapo", "train", str(config), *overrides],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
+    assert "resuming after step 6" in done.stdout
+    assert "fresh random streams" in done.stdout
+    wanted, found = read_metrics(reference / "metrics.jsonl")[-2:], read_metrics(out / "metrics.jsonl")
+    assert [step["step"] for step in found] == [step["step"] for step in wanted] == [7, 8]
+    for one, other in zip(wanted, found, strict=True):
+        exact = [name for name in one if name.startswith(("sampling/", "reward/", "response/"))]
+        assert {name: other[name] for name in exact} == {name: one[name] for name in exact}
+        assert other["actor/loss"] == pytest.approx(one["actor/loss"], rel=0, abs=1e-5)
