@@ -16,11 +16,13 @@ from megatron_dapo.assembly import (
     load_datasets,
     load_tokenizer,
 )
+from megatron_dapo.checkpoints.errors import DamagedCheckpointError, ForeignCheckpointError
 from megatron_dapo.config.tree import ConfigError, RunConfig
 from megatron_dapo.data.dynamic_sampling import SamplingExhausted
 from megatron_dapo.data.files import PromptDataError
 from megatron_dapo.data.judging import UnknownMetricError
 from megatron_dapo.data.prompts import load_prompts
+from megatron_dapo.data.stream import OtherPromptsError
 from megatron_dapo.mcore.parallel import shutdown
 from megatron_dapo.obs.summary import write_summary
 from megatron_dapo.rewards.failure_rate import RewardFailureRateError
@@ -29,10 +31,15 @@ from megatron_dapo.runtime.group import WorkerError
 from megatron_dapo.runtime.spmd import SpmdControl
 from megatron_dapo.trainer import TrainingDivergedError
 from megatron_dapo.types import CheckpointError
+from megatron_dapo.workers.policy_group import CheckpointWriteError
 
 # What a user can act on: the message says all, a traceback would say less.
 ENDINGS = (
     CheckpointError,
+    CheckpointWriteError,
+    DamagedCheckpointError,
+    ForeignCheckpointError,
+    OtherPromptsError,
     PromptDataError,
     RewardFailureRateError,
     RewardWorkerError,

@@ -84,6 +84,8 @@ METRICS: dict[str, Metric] = {
     "memory/gpu_reserved_peak": Metric("GiB", "the most that PyTorch took from the GPU in the step"),
     "seconds/step": Metric("s", "wall time of the step"),
     "seconds/step_cpu": Metric("s", "CPU time of the trainer's process in the step"),
+    "seconds/save": Metric("s", "training stood still for the checkpoint that was begun after the step before"),
+    "seconds/publish": Metric("s", "training stood still to look after a checkpoint that is being written"),
     "seconds/{phase}": Metric("s", "wall time of a phase; one inside another is written outer/inner"),
     "val/{source}/avg@{k}": Metric("share", "right responses, k a problem"),
     "val/{source}/pass@{k}": Metric("share", "problems with a right response among k"),
