@@ -72,9 +72,15 @@ class State:
 
 
 def make_state(folder: Path, hidden: int, layers: int) -> State:
-    sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers}
-    heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64}
-    config = transformers.Qwen2Config(**sizes, **heads, vocab_size=4096, tie_word_embeddings=False)
+    config = transformers.Qwen2Config(
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        vocab_size=4096,
+        tie_word_embeddings=False,
+    )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     megatron = MegatronConfig()
     initialize(megatron, seed=1)

@@ -140,7 +140,7 @@ def _side_files(root: Path) -> Path:
 def _check_files(stored: Stored, progress: Progress) -> None:
     prefix = "" if stored.model == stored.root else f"{stored.model.name}/"
     entries = {name: entry for name, entry in read_checksums(stored.root).items() if name.startswith(prefix)}
-    total = sum(entry["bytes"] for entry in entries.values())
+    total = sum(entry.bytes for entry in entries.values())
     for fault in find_faults(stored.root, entries, lambda count: progress("checking", count, total)):
         raise CheckpointError(f"{stored.root / fault.file} {fault.what}; use an older checkpoint, or copy it again")
 

@@ -7,7 +7,7 @@ It finds damage, not malice.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,13 +67,14 @@ class DigestingFile:
             self._file.close()
 
 
-def digest_file(path: str | Path) -> FileDigest:
-    """Of a file on disk, a block at a time."""
+def digest_file(path: str | Path, on_bytes: Callable[[int], None] = lambda count: None) -> FileDigest:
+    """Of a file on disk, a block at a time; `on_bytes` is told of each block's bytes."""
     found, size, block = xxhash.xxh3_128(), 0, memoryview(bytearray(_BLOCK))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(block):
             found.update(block[:count])
             size += count
+            on_bytes(count)
     return FileDigest(size, found.hexdigest())
 
 

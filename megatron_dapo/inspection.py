@@ -76,7 +76,7 @@ def verify_checkpoint(path: Path, on_bytes: Callable[[int, int], None]) -> Itera
     if not entries:
         yield Fault(CHECKSUMS, "is missing, so nothing says what the other files must be")
     read_meta(stored.root)
-    total = sum(entry["bytes"] for entry in entries.values())
+    total = sum(entry.bytes for entry in entries.values())
     yield from find_faults(stored.root, entries, lambda count: on_bytes(count, total))
     yield from _model_faults(stored)
 

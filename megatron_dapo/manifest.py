@@ -1,7 +1,7 @@
 """What a checkpoint says of itself: `meta.json` (what it is) and `checksums.json` (what its files must be).
 
     <checkpoint>/meta.json          format, step, layout, model, versions
-    <checkpoint>/checksums.json     {relative path: {"bytes": n, "sha256" or "xxh3_128": hexadecimal digits}}
+    <checkpoint>/checksums.json     {relative path: {"bytes": n, "xxh3_128": hexadecimal digits}}
     <checkpoint>/megatron/          Megatron's `torch_dist` format
     <checkpoint>/model_config/      config and tokenizer, of a converted one; a run has them once, beside checkpoints/
 
@@ -10,22 +10,18 @@ Nothing here loads torch.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
+from megatron_dapo.digests import FileDigest, digest_file, digest_files
 from megatron_dapo.types import CheckpointError
 
 META, CHECKSUMS, MODEL, SIDE = "meta.json", "checksums.json", "megatron", "model_config"
 FORMAT = 2  # the newest format of meta.json that is read
 _BACKENDS = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-_HASHES: dict[str, Callable[[], Any]] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
-_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -97,58 +93,42 @@ class Fault:
     what: str
 
 
-def read_checksums(root: Path) -> dict[str, dict[str, Any]]:
+def read_checksums(root: Path) -> dict[str, FileDigest]:
     """`checksums.json` of a checkpoint: relative path -> bytes and checksum; empty where there is none."""
     file = root / CHECKSUMS
     if not file.is_file():
         return {}
-    entries = _read_object(file)
-    for name, entry in entries.items():
-        known = (
-            isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and any(kind in entry for kind in _HASHES)
-        )
-        if not known:
-            raise CheckpointError(f"{file}: {name} has {entry!r}, wanted bytes and one of {', '.join(_HASHES)}")
-        if not (root / name).resolve().is_relative_to(root.resolve()):
-            raise CheckpointError(f"{file}: {name} is outside the checkpoint")
-    return entries
+    return {name: _entry(file, name, entry) for name, entry in _read_object(file).items()}
+
+
+def _entry(file: Path, name: str, entry: Any) -> FileDigest:
+    if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int) or "xxh3_128" not in entry:
+        raise CheckpointError(f"{file}: {name} has {entry!r}, wanted bytes and xxh3_128")
+    if not (file.parent / name).resolve().is_relative_to(file.parent.resolve()):
+        raise CheckpointError(f"{file}: {name} is outside the checkpoint")
+    return FileDigest(entry["bytes"], entry["xxh3_128"])
 
 
 def find_faults(
-    root: Path, entries: dict[str, dict[str, Any]], on_bytes: Callable[[int], None] = lambda count: None
+    root: Path, entries: dict[str, FileDigest], on_bytes: Callable[[int], None] = lambda count: None
 ) -> Iterator[Fault]:
     """Compare the files that `entries` of `checksums.json` name with what they must be; reads all of them."""
-    for name, entry in entries.items():
+    for name, wanted in entries.items():
         file = root / name
         if not file.is_file():
             yield Fault(name, "is missing")
-            continue
-        if (size := file.stat().st_size) != entry["bytes"]:
-            yield Fault(name, f"has {size} bytes, {entry['bytes']} were written")
-            on_bytes(entry["bytes"])
-            continue
-        kind = next(kind for kind in _HASHES if kind in entry)
-        found = digest(file, kind, on_bytes)
-        if found != entry[kind]:
-            yield Fault(name, f"is damaged: its {kind} is {found}, {entry[kind]} was written")
-
-
-def digest(file: Path, kind: str, on_bytes: Callable[[int], None] = lambda count: None) -> str:
-    """Hexadecimal digits of a file's checksum, read a block at a time."""
-    found, block = _HASHES[kind](), memoryview(bytearray(_BLOCK))
-    with file.open("rb", buffering=0) as stream:
-        while count := stream.readinto(block):
-            found.update(block[:count])
-            on_bytes(count)
-    return found.hexdigest()
+        elif (size := file.stat().st_size) != wanted.bytes:
+            yield Fault(name, f"has {size} bytes, {wanted.bytes} were written")
+            on_bytes(wanted.bytes)
+        elif (found := digest_file(file, on_bytes)) != wanted:
+            yield Fault(name, f"is damaged: its xxh3_128 is {found.xxh3_128}, {wanted.xxh3_128} was written")
 
 
 def write_manifest(root: Path, meta: dict[str, Any]) -> None:
     """Write `meta.json`, and `checksums.json` of all files that are in `root` by then."""
     (root / META).write_text(json.dumps(meta, indent=1) + "\n")
-    files = sorted(file for file in root.rglob("*") if file.is_file())
-    kind = next(iter(_HASHES))
-    entries = {str(file.relative_to(root)): {"bytes": file.stat().st_size, kind: digest(file, kind)} for file in files}
+    names = sorted(str(file.relative_to(root)) for file in root.rglob("*") if file.is_file())
+    entries = {name: asdict(found) for name, found in digest_files(root, names).items() if found is not None}
     (root / CHECKSUMS).write_text(json.dumps(entries, indent=1) + "\n")
 
 

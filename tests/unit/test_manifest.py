@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,6 @@ from megatron_dapo.manifest import (
     FORMAT,
     META,
     MODEL,
-    Fault,
     Stored,
     check_backend,
     find_checkpoint,
@@ -110,16 +108,8 @@ def test_a_file_that_is_not_as_written_is_named_and_no_other(root: Path, harm: C
     assert fault.what.startswith(told)
 
 
-def test_sha256_is_read_too(tmp_path: Path):
-    (tmp_path / "a").write_bytes(b"abc")
-    entry = {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}
-    assert list(find_faults(tmp_path, {"a": entry})) == []
-    (fault,) = find_faults(tmp_path, {"a": entry | {"sha256": "0" * 64}})
-    assert isinstance(fault, Fault)
-
-
 @pytest.mark.parametrize(
-    "entries", [{"a": {"bytes": 3}}, {"a": {"sha256": ""}}, {"a": 3}, {"../b": {"bytes": 1, "sha256": ""}}]
+    "entries", [{"a": {"bytes": 3}}, {"a": {"xxh3_128": ""}}, {"a": 3}, {"../b": {"bytes": 1, "xxh3_128": ""}}]
 )
 def test_checksums_that_say_nothing_or_point_outside_are_refused(tmp_path: Path, entries: object):
     (tmp_path / CHECKSUMS).write_text(json.dumps(entries))

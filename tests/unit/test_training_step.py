@@ -17,6 +17,7 @@ from megatron_dapo.config.tree import (
     RewardModelConfig,
     RolloutCorrectionConfig,
 )
+from megatron_dapo.data.minibatch import Update
 from megatron_dapo.data.packing import Plan, plan_micro_batches
 from megatron_dapo.obs.timers import Timers
 from megatron_dapo.training_step import PreparedStep, StepRules, final_rewards, prepare_step, with_kl_in_reward
@@ -88,6 +89,12 @@ def prepare(policy: WrittenPolicy, rules: StepRules) -> PreparedStep:
     return prepare_step(policy.groups, policy, rules, Timers())
 
 
+def old_logp(updates: Sequence[Update]) -> FloatArray:
+    """Of updates of a single micro-batch each, one after the other."""
+    found = [update.ranks[0][0].terms.old_logp for update in updates]
+    return np.concatenate([logp for logp in found if logp is not None])
+
+
 def rewards_of(groups: Sequence[Group]) -> list[float]:
     return [sample.reward for group in groups for sample in group.samples]
 
@@ -135,7 +142,7 @@ def test_with_the_engines_log_probs_the_trainer_computes_none_and_the_first_upda
     prepared = prepare(policy, rules_of(old_log_prob="rollout", ppo_mini_batch_size=1))
     assert policy.calls == []
     assert prepared.measured_later
-    old = np.concatenate([update.ranks[0][0].terms.old_logp for update in prepared.updates])
+    old = old_logp(prepared.updates)
     assert (old == engine_logp(GROUPS)).all()
     found = prepared.mismatch(VERSION, policy.true_logp()[:5])  # of group 1, the first mini-batch
     assert found is not None
@@ -151,7 +158,7 @@ def test_a_first_mini_batch_that_is_its_own_old_policy_needs_no_pass():
     first, *others = prepared.updates
     assert first.ranks[0][0].terms.old_logp is None
     assert first.nonfinite_tokens == 0
-    old = np.concatenate([update.ranks[0][0].terms.old_logp for update in others])
+    old = old_logp(others)
     assert (old == policy.true_logp()[5:]).all()
     found = prepared.mismatch(VERSION, policy.true_logp()[:5])
     assert found is not None
@@ -187,7 +194,7 @@ def test_mini_batches_are_whole_groups_in_accepted_order():
         assert (micro_batch.sequences.token_ids == wanted.token_ids).all()
         advantages_N = np.repeat(advantages_S[first : first + len(wanted)], wanted.response_lengths)
         np.testing.assert_allclose(micro_batch.terms.advantage, advantages_N, rtol=1e-6)
-        np.testing.assert_allclose(micro_batch.terms.old_logp, engine_logp(groups) + 0.25, rtol=1e-6)
+        np.testing.assert_allclose(old_logp([update]), engine_logp(groups) + 0.25, rtol=1e-6)
         np.testing.assert_allclose(micro_batch.terms.weight, 1 / len(advantages_N), rtol=1e-6)
         assert micro_batch.terms.ref_logp is None
 

@@ -105,7 +105,7 @@ def test_if_none_is_whole_the_run_does_not_silently_begin_anew(store: Checkpoint
 def test_a_newer_format_or_another_model_is_no_reason_to_pass_it_over(store: CheckpointStore, publish: Publish):
     publish(7)
     newest = publish(12)
-    other = replace(IDENTITY, model=IDENTITY.model | {"vocab_size": 5})
+    other = replace(IDENTITY, model={**IDENTITY.model, "vocab_size": 5})
     with pytest.raises(ForeignCheckpointError, match="vocab_size"):
         look(store, wanted=other)
     meta = json.loads((newest / "meta.json").read_text())

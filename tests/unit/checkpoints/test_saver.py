@@ -71,7 +71,8 @@ def test_a_save_in_the_background_counts_when_all_ranks_have_written(tmp_path: P
     run.saver.poll()
     assert steps(run.store) == []
     run.step = 6  # training goes on
-    run.saver.poll(), run.saver.poll()
+    run.saver.poll()
+    run.saver.poll()
     assert steps(run.store) == [5]
     assert read_state(run.store.entries()[0].path) == {"step": 5}
     assert run.ranks.started[0][1] is True
@@ -86,7 +87,8 @@ def test_a_save_that_is_waited_for_is_there_at_once(tmp_path: Path):
 
 def test_the_next_save_finishes_the_one_before(tmp_path: Path):
     run = Run(tmp_path, Ranks(ends=[None] * 5))
-    run.save(5), run.save(6)
+    run.save(5)
+    run.save(6)
     assert steps(run.store) == [5]
     run.saver.settle(wait=True)
     assert steps(run.store) == [6, 5]

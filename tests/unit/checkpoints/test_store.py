@@ -28,7 +28,8 @@ def test_nothing_is_there_before_the_first(store: CheckpointStore):
 
 
 def test_the_newest_comes_first_and_latest_names_it(store: CheckpointStore, publish: Publish):
-    publish(7), publish(12)
+    publish(7)
+    publish(12)
     assert found(store) == ["step_00000012", "step_00000007"]
     assert [entry.sequence for entry in store.entries()] == [2, 1]
     assert (store.root / "latest").read_text() == "step_00000012"
@@ -90,7 +91,8 @@ MOMENTS = [("rename", 1), ("rename", 2), ("replace", 1), ("rmtree", 1)]
 def test_a_kill_at_any_moment_of_publishing_leaves_a_whole_checkpoint(
     store: CheckpointStore, publish: Publish, function: str, count: int
 ):
-    publish(6), publish(7, b"old")
+    publish(6)
+    publish(7, b"old")
     draft = draft_of(store, 7, b"new", sequence=3)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KilledError):
         killed_at(function, count)(patch)
@@ -115,7 +117,8 @@ def test_only_the_newest_are_kept(store: CheckpointStore, publish: Publish):
 
 @pytest.mark.parametrize("damage", ["megatron/__0_0.distcp", "checksums.json", "meta.json"])
 def test_the_newest_whole_one_is_never_deleted(store: CheckpointStore, publish: Publish, damage: str):
-    publish(1), publish(2)
+    publish(1)
+    publish(2)
     for step in (3, 4):
         (publish(step) / damage).unlink()
     store.prune(1)
@@ -132,7 +135,8 @@ def test_a_cut_shard_does_not_count_as_whole(store: CheckpointStore, publish: Pu
 
 
 def test_a_deletion_stopped_half_way_leaves_no_half_checkpoint(store: CheckpointStore, publish: Publish):
-    publish(1), publish(2)
+    publish(1)
+    publish(2)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KilledError):
         killed_at("rmtree", 1)(patch)
         store.prune(1)

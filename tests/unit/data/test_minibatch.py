@@ -152,6 +152,7 @@ def test_a_token_without_a_finite_log_prob_weighs_nothing_and_is_in_no_denominat
     assert (len(weights), update.tokens, update.nonfinite_tokens) == (N - 3, N - 3, 3)
     assert set(weights.values()) == {float(np.float32(1 / (N - 3)))}
     for micro_batch in (m for rank in update.ranks for m in rank):
+        assert micro_batch.terms.old_logp is not None
         assert np.isfinite(micro_batch.terms.old_logp).all()
         assert micro_batch.terms.ref_logp is not None
         assert np.isfinite(micro_batch.terms.ref_logp).all()

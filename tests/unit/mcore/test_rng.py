@@ -26,7 +26,9 @@ def test_all_streams_go_on_as_if_nothing_had_been_drawn(layout: RankLayout, tmp_
     write_state(tmp_path, {"rng": rng_state()})
     wanted = [draws() for _ in range(3)]
     assert wanted[0] != wanted[1]
-    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
     assert draws() != wanted[0]
     set_rng_state(read_state(tmp_path)["rng"])
     assert [draws() for _ in range(3)] == wanted

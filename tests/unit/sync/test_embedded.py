@@ -22,6 +22,7 @@ from tests.unit.workers.one_rank import (
     save_model,
     settings_of,
     training_batch,
+    update_of,
 )
 
 
@@ -75,7 +76,7 @@ def test_after_every_update_engine_and_policy_agree(group: SpmdGroup):
         sequences = sequences_of(requests, completions)
         logp = policy.log_probs(sequences)
         assert np.abs(logp - engine_logp(completions)).max() < 1e-5
-        list(policy.update([[[training_batch(sequences, logp)]]], lr=0.02))
+        list(policy.update([update_of([[training_batch(sequences, logp)]])], lr=0.02))
         assert np.abs(policy.log_probs(sequences) - logp).max() > 1e-2
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from tokenizers.models import WordLevel
 
 from megatron_dapo.algo.loss import PolicyLossConfig
 from megatron_dapo.config.tree import MegatronConfig, OptimConfig
+from megatron_dapo.data.minibatch import Update
 from megatron_dapo.mcore.fused_loss import Objective
 from megatron_dapo.mcore.parallel import shutdown
 from megatron_dapo.rollout.torch_engine import TorchEngine
@@ -76,3 +77,8 @@ def training_batch(sequences: SequenceBatch, old_logp: np.ndarray, advantage: fl
     signs = np.where(np.arange(len(sequences)) % 2, -advantage, advantage)
     weight = np.full(len(old_logp), 1 / len(old_logp), np.float32)
     return MicroBatch(sequences, TokenTerms(weight, np.repeat(signs, repeat).astype(np.float32), old_logp, None, None))
+
+
+def update_of(ranks: Sequence[Sequence[MicroBatch]]) -> Update:
+    """An update of these micro-batches, without what only its log-probs or metrics are read from."""
+    return Update(tuple(map(tuple, ranks)), (), np.zeros(1, np.int64), 0, 0, 0, 0)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_dapo.data.minibatch import Update
 from megatron_dapo.mcore.fused_loss import SUMS
 from megatron_dapo.mcore.parallel import RankLayout
 from megatron_dapo.mcore.schedule import TokenStats
@@ -21,7 +20,7 @@ from megatron_dapo.workers.policy import UpdateShard, UpdateStats
 from megatron_dapo.workers.policy_group import MicroBatchLimits, PassLimits, PolicyGroup
 from tests.functional import oracle
 from tests.functional.tiny_models import make_rollouts
-from tests.unit.workers.one_rank import policy_worker, settings_of, training_batch
+from tests.unit.workers.one_rank import policy_worker, settings_of, training_batch, update_of
 
 PP_SIZE = 2
 PARTS = (0.1, 0.2, 0.3)
@@ -54,11 +53,6 @@ class ScriptedRank:
                 asked = shard.report_first and number == 0
                 tokens = tuple(stats_of(batch.sequences) for batch in micro_batches) if asked else ()
                 yield UpdateStats(True, 2.0 + number, shard.lr, dict.fromkeys(SUMS, value), tokens)
-
-
-def update_of(ranks: Sequence[Sequence[MicroBatch]]) -> Update:
-    """An update of these micro-batches, without what only its log-probs or metrics are read from."""
-    return Update(tuple(map(tuple, ranks)), (), np.zeros(1, np.int64), 0, 0, 0, 0)
 
 
 def stats_of(batch: SequenceBatch) -> TokenStats:
