@@ -33,7 +33,10 @@ CORE = [
 ]
 
 EXTRAS = {
-    "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],  # the range that megatron-core 0.16 names
+    "gpu": [
+        "transformer-engine[pytorch]>=2.9,<2.12",  # the range that megatron-core 0.16 names
+        "triton>=3.2",  # torch's CUDA builds bring theirs
+    ],
     "ray": ["ray[default]>=2.40"],
     "sglang": ["sglang>=0.5.23"],
     "vllm": ["vllm>=0.32"],

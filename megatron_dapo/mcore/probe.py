@@ -42,10 +42,10 @@ def megatron_logits(
 
         def look(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             weight = layer.weight if kwargs.get("weight") is None else kwargs["weight"]
-            seen.append(args[0][: len(token_ids), 0] @ weight[: shape.vocab_size].T)
+            seen.append(args[0][:, 0] @ weight[: shape.vocab_size].T)
 
         chunk.output_layer.register_forward_pre_hook(look, with_kwargs=True)
-        ids = np.asarray(token_ids, np.int64)
+        ids = np.asarray([*token_ids, 0], np.int64)  # one more: the last token of a sequence is not computed
         batch = SequenceBatch(token_ids=ids, lengths=np.array([len(ids)]), prompt_lengths=np.array([1]))
         log_probs(Model(chunks, _OBJECTIVE, packed=True, config=chunk.config), [batch])
         return seen[0].float().cpu()

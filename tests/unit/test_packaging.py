@@ -23,6 +23,7 @@ NOT_INSTALLED = {
     "vllm": "vllm",
     "wandb": "wandb",
     "transformer_engine": "transformer-engine",
+    "triton": "triton",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -16,13 +17,20 @@ T = TypeVar("T")
 
 def on_ranks(size: int, function: Callable[[dist.ProcessGroup], T]) -> list[T]:
     """`function` on each rank of a group of `size`."""
+    with ThreadPoolExecutor(size) as threads:
+        return list(threads.map(function, _groups(size)))
+
+
+@cache
+def _groups(size: int) -> list[dist.ProcessGroup]:
+    """[rank] Connected once: hundreds of meshes in a row run out of ports now and then."""
     store = HashStore()
 
-    def run(rank: int) -> T:
+    def connect(rank: int) -> dist.ProcessGroup:
         group = dist.ProcessGroup(store, rank, size)
         gloo = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=60))
         group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
-        return function(group)
+        return group
 
     with ThreadPoolExecutor(size) as threads:
-        return list(threads.map(run, range(size)))
+        return list(threads.map(connect, range(size)))

@@ -86,7 +86,7 @@ def test_weights_come_from_the_policy_and_not_from_its_checkpoint(group: SpmdGro
     before = write(group, requests)
     assert {completion.weight_version for completion in before} == {0}
     batch = training_batch(sequences_of(requests, before), engine_logp(before))
-    list(policy_over(group).update([[[batch]]], lr=0.1))
+    list(policy_over(group).update([update_of([[batch]])], lr=0.1))
     EmbeddedSync(group).push(1)
     after = write(group, requests)
     assert (after[0].logprobs[0], after[1].logprobs[0]) != (before[0].logprobs[0], before[1].logprobs[0])
