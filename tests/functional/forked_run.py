@@ -21,7 +21,7 @@ from typing import Any
 from megatron_dapo import launch  # noqa: F401  (imported for the children)
 from megatron_dapo.cli import main
 
-PATIENCE = 60  # seconds
+PATIENCE = 400  # seconds: a run takes a few, a busy machine makes them many
 
 
 @dataclass(frozen=True)

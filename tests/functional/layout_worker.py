@@ -115,7 +115,11 @@ def run(job: Job) -> Deviations:
     found |= _step_deviation(worker, job)
     after = worker.log_probs(tuple(mb.sequences for mb in micro_batches))
     if reports:
-        found["logp after the step"] = _gap([s.logp for s in after], wanted.logp_stepped, job.problem.sequences, own)
+        logp, sequences = [stats.logp for stats in after], job.problem.sequences
+        if job.case.bf16:
+            found["mean logp after the step"] = _gap(logp, wanted.logp_stepped, sequences, own, np.mean)
+        else:
+            found["logp after the step"] = _gap(logp, wanted.logp_stepped, sequences, own)
     return found
 
 

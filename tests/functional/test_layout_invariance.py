@@ -2,12 +2,13 @@
 
 In fp32 to 1e-5. In bf16 against the same answers in fp32, for a model whose weights bfloat16 holds exactly:
 
-- the loss, the entropies, the gradient's norm and the mean error of the log-probs to 2e-3. They are sums in which
-  rounding averages out, so an error of the layout would show in them.
-- single log-probs and gradients, the step and the log-probs after it cannot be had to 2e-3 by anyone: one rounding to
-  bfloat16 is an error of up to 2^-9 = 2e-3, and there are dozens in a row. Their bound is twice the error that
-  transformers itself makes when it computes the same in bfloat16 on one process: worst token against worst token,
-  worst parameter against worst parameter.
+- the loss, the entropies, the gradient's norm and the mean error of the log-probs, before and after a step, to 2e-3.
+  They are sums in which rounding averages out, so an error of the layout would show in them.
+- single log-probs, gradients and the step cannot be had to 2e-3 by anyone: one rounding to bfloat16 is an error of up
+  to 2^-9 = 2e-3, and there are dozens in a row. Their bound is twice the error that transformers itself makes when it
+  computes the same in bfloat16 on one process: worst token against worst token, worst parameter against worst
+  parameter. The worst token after a step has no bound: weights are rounded anew there, and one that lies in the middle
+  goes either way, so that two runs as exact as each other differ by more than twice.
 """
 
 from __future__ import annotations
