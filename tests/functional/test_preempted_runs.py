@@ -66,7 +66,7 @@ def test_a_schedulers_signal_saves_the_state_and_the_next_start_goes_on(
     assert metrics(out) == metrics(reference)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_under_torchrun_too(config: Path, tmp_path: Path, number: signal.Signals):
     """torchrun passes the scheduler's signal on; its own exit code is 1 whatever its ranks say."""
     out = tmp_path / "run"
