@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,12 +30,18 @@ time.sleep(60)
 """
 
 
+@pytest.fixture
+def others() -> set[Any]:
+    """Processes that this one has started before: Megatron keeps one for its own saves."""
+    return set(multiprocessing.active_children())
+
+
 def files_in(folder: Path, values: dict) -> ShardFiles:
     return ShardFiles([], (folder / "common.pt", values))
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_what_is_written_is_the_state_of_the_call(tmp_path: Path, background: bool):
+def test_what_is_written_is_the_state_of_the_call(others: set[Any], tmp_path: Path, background: bool):
     tensor = torch.arange(1_000_000)
     pending = PendingWrite(files_in(tmp_path, {"tensor": tensor}), background)
     tensor.zero_()
@@ -43,7 +50,7 @@ def test_what_is_written_is_the_state_of_the_call(tmp_path: Path, background: bo
     assert written.digests == {"common.pt": digest_file(tmp_path / "common.pt")}
     assert torch.equal(torch.load(tmp_path / "common.pt")["tensor"], torch.arange(1_000_000))
     assert pending.outcome(wait=True) is written, "asked twice"
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= others
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -71,7 +78,7 @@ def test_a_writer_that_is_killed_is_a_failure_with_its_signal(tmp_path: Path):
     assert "SIGKILL" in failure.reason
 
 
-def test_a_schedulers_signals_do_not_end_the_writer(tmp_path: Path):
+def test_a_schedulers_signals_do_not_end_the_writer(others: set[Any], tmp_path: Path):
     os.mkfifo(tmp_path / "common.pt")
     pending = PendingWrite(files_in(tmp_path, {"a": 1}), background=True)
     time.sleep(0.5)
@@ -81,7 +88,7 @@ def test_a_schedulers_signals_do_not_end_the_writer(tmp_path: Path):
     assert pending._process.is_alive()
     pending.abandon()
     assert isinstance(pending.outcome(wait=True), WriteFailure)
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= others
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a parent's death is told to its children on Linux alone")
