@@ -15,7 +15,7 @@ import pickle
 import struct
 import sys
 import zipfile
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,13 +24,14 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.storage import _dtype_to_storage_type_map
 
 from megatron_dapo.types import CheckpointError
 
 _DTYPES = {name: dtype for dtype, name in _dtype_to_storage_type_map().items()}  # "FloatStorage": torch.float32
 _LOCAL_HEADER = struct.Struct("<26xHH")  # a zip's record begins so: the last two are the lengths of what follows
+_TAIL = 4096  # bytes at an archive's end, which hold its directory
 _DAMAGE = (struct.error, zipfile.BadZipFile, NotImplementedError, pickle.UnpicklingError, EOFError, RuntimeError)
 _UNREADABLE = (*_DAMAGE, OSError, KeyError, ValueError, TypeError, AttributeError, IndexError)
 
@@ -58,10 +59,11 @@ class ShardReader:
     def __init__(self, folder: Path, metadata: Metadata):
         self._folder, self._metadata = folder, metadata
         self._files: dict[str, int] = {}
-        self._chunks: dict[str, list[ChunkStorageMetadata]] = defaultdict(list)
-        for key, entry in metadata.state_dict_metadata.items():
-            if isinstance(entry, TensorStorageMetadata):
-                self._chunks[key] = entry.chunks
+        self._sizes = {  # of each tensor's chunks, by where they begin in it
+            key: {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in entry.chunks}
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
 
     def __enter__(self) -> ShardReader:
         return self
@@ -89,18 +91,18 @@ class ShardReader:
             CheckpointError: a file is missing, cut off or not what `torch.save` writes.
         """
         self.size(key)
-        filled = 0
-        for chunk in self._chunks[key]:
-            low = [max(a, b) for a, b in zip(start, chunk.offsets, strict=True)]
-            ends = zip(start, target.shape, chunk.offsets, chunk.sizes, strict=True)
+        wanted, filled = tuple(start), 0
+        if self._sizes[key].get(wanted) == tuple(target.shape):
+            self._read(key, wanted, (slice(None),) * target.ndim, target)
+            return target.numel()
+        for offsets, sizes in self._sizes[key].items():
+            low = [max(a, b) for a, b in zip(wanted, offsets, strict=True)]
+            ends = zip(wanted, target.shape, offsets, sizes, strict=True)
             high = [min(a + n, b + m) for a, n, b, m in ends]
-            if any(a >= b for a, b in zip(low, high, strict=True)):
-                continue
-            part = target[_box(low, high, start)]
-            info = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
-            with self._reading(key, info):
-                self._read(info, _box(low, high, chunk.offsets), tuple(chunk.sizes), part)
-            filled += part.numel()
+            if all(a < b for a, b in zip(low, high, strict=True)):
+                part = target[_box(low, high, wanted)]
+                self._read(key, offsets, _box(low, high, offsets), part)
+                filled += part.numel()
         return filled
 
     def value(self, key: str) -> Any:
@@ -120,36 +122,49 @@ class ShardReader:
             what = str(error).split("\n")[0] or repr(error)
             raise CheckpointError(f"{self._folder / info.relative_path}: {key} cannot be read: {what}") from error
 
-    def _read(self, info: _StorageInfo, box: tuple[slice, ...], size: tuple[int, ...], part: torch.Tensor) -> None:
-        """`box` of the tensor at `info`, which has `size`, into `part`."""
-        layout, start = self._layout(info)
-        if layout.size != size:
-            raise ValueError(f"it has shape {list(layout.size)}, .metadata says {list(size)}")
-        storage = layout.storage
-        whole = storage.count == part.numel() == math.prod(size) and _in_order(layout)
-        if whole and part.dtype is storage.dtype and part.is_contiguous() and part.device.type == "cpu":
-            self._read_into(info, start, part)
-            return
-        content = torch.empty(storage.count, dtype=storage.dtype)
-        self._read_into(info, start, content)
-        part.copy_(content.as_strided(layout.size, layout.stride, layout.offset)[box])
+    def _read(self, key: str, offsets: tuple[int, ...], box: tuple[slice, ...], part: torch.Tensor) -> None:
+        """`box` of the chunk of `key` at `offsets` into `part`."""
+        info, size = self._metadata.storage_data[MetadataIndex(key, torch.Size(offsets))], self._sizes[key][offsets]
+        with self._reading(key, info):
+            layout, start = self._layout(info)
+            if layout.size != size:
+                raise ValueError(f"it has shape {list(layout.size)}, .metadata says {list(size)}")
+            storage = layout.storage
+            whole = storage.count == part.numel() == math.prod(size) and _in_order(layout)
+            if whole and part.dtype is storage.dtype and part.is_contiguous() and part.device.type == "cpu":
+                self._read_into(info, start, part)
+                return
+            content = torch.empty(storage.count, dtype=storage.dtype)
+            self._read_into(info, start, content)
+            part.copy_(content.as_strided(layout.size, layout.stride, layout.offset)[box])
 
     def _layout(self, info: _StorageInfo) -> tuple[_Layout, int]:
         """Of the tensor at `info`, and where its bytes begin there."""
         if getattr(info, "transform_descriptors", None):
             raise ValueError(f"it was written through {info.transform_descriptors}, which is not read here")
-        with zipfile.ZipFile(_Part(self, info)) as archive:  # type: ignore[arg-type]
+        tail = self._bytes(info, max(0, info.length - _TAIL), min(info.length, _TAIL))
+        with zipfile.ZipFile(io.BytesIO(tail)) as archive:  # which counts offsets from where `tail` begins
             records = {record.filename.partition("/")[2]: record for record in archive.infolist()}
-            order = archive.read(records["byteorder"]).decode() if "byteorder" in records else sys.byteorder
-            if order != sys.byteorder:
-                raise ValueError(f"its bytes are in {order}-endian order, this machine's are {sys.byteorder}-endian")
-            layout = _Header(io.BytesIO(archive.read(records["data.pkl"]))).load()
+        order = self._record(info, records["byteorder"]).decode() if "byteorder" in records else sys.byteorder
+        if order != sys.byteorder:
+            raise ValueError(f"its bytes are in {order}-endian order, this machine's are {sys.byteorder}-endian")
+        layout = _Header(io.BytesIO(self._record(info, records["data.pkl"]))).load()
         record = records[f"data/{layout.storage.name}"]
         wanted = layout.storage.count * layout.storage.dtype.itemsize
-        if record.compress_type != zipfile.ZIP_STORED or record.file_size != wanted:
-            raise ValueError(f"it has {record.file_size} bytes, wanted {wanted}, not compressed")
-        header = self._bytes(info, record.header_offset, _LOCAL_HEADER.size)
-        return layout, record.header_offset + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(header))
+        if record.file_size != wanted:
+            raise ValueError(f"it has {record.file_size} bytes, its shape wants {wanted}")
+        return layout, self._start(info, record)
+
+    def _record(self, info: _StorageInfo, record: zipfile.ZipInfo) -> bytes:
+        return self._bytes(info, self._start(info, record), record.file_size)
+
+    def _start(self, info: _StorageInfo, record: zipfile.ZipInfo) -> int:
+        """Where the record's content begins in the entry."""
+        if record.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{record.filename} is compressed, which torch.save does not do")
+        begin = record.header_offset + max(0, info.length - _TAIL)
+        header = self._bytes(info, begin, _LOCAL_HEADER.size)
+        return begin + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(header))
 
     def _bytes(self, info: _StorageInfo, start: int, length: int) -> bytes:
         content = bytearray(length)
@@ -171,32 +186,6 @@ class ShardReader:
             if count == 0:
                 raise EOFError("the file is cut off")
             done += count
-
-
-class _Part(io.RawIOBase):
-    """The entry of a file, as a file."""
-
-    def __init__(self, reader: ShardReader, info: _StorageInfo):
-        self._reader, self._info, self._position = reader, info, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._info.length}[whence]
-        if base + offset < 0:
-            raise OSError("a seek before the start")  # where `zipfile` expects it of a file that is too short
-        self._position = base + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self._info.length - self._position)
-        content = self._reader._bytes(self._info, self._position, left if size < 0 else min(size, left))
-        self._position += len(content)
-        return content
 
 
 class _Header(pickle.Unpickler):
@@ -228,5 +217,9 @@ def _box(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tupl
 
 def _in_order(layout: _Layout) -> bool:
     """The elements lie one after the other, from the storage's start on."""
-    meta = torch.empty_strided(layout.size, layout.stride, device="meta")
-    return layout.offset == 0 and meta.is_contiguous()
+    step = 1
+    for length, stride in zip(reversed(layout.size), reversed(layout.stride), strict=True):
+        if length > 1 and stride != step:
+            return False
+        step *= length
+    return layout.offset == 0
