@@ -173,7 +173,7 @@ class ShardReader:
 
     def _read_into(self, info: _StorageInfo, start: int, tensor: torch.Tensor) -> None:
         if tensor.numel():
-            self._read_bytes(info, start, memoryview(tensor.detach().view(-1).view(torch.uint8).numpy()))
+            self._read_bytes(info, start, tensor.detach().view(-1).view(torch.uint8).numpy().data)
 
     def _read_bytes(self, info: _StorageInfo, start: int, into: memoryview) -> None:
         if start < 0 or start + len(into) > info.length:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from megatron_dapo.types import CheckpointError
 ROWS_4 = torch.arange(24.0).reshape(4, 6)
 
 
-def write(folder: Path, parts: dict[tuple[int, int], Any], size: tuple[int, int] = (4, 6)) -> Metadata:
+def write(folder: Path, parts: dict[tuple[int, int], Any], size: Sequence[int] = (4, 6)) -> Metadata:
     """Tensor "t" of `size` in one file, its `parts` by where they begin; a text stands before and between them."""
     content, places, chunks = b"text", {}, []
     for offsets, part in parts.items():
@@ -68,6 +68,15 @@ def test_a_target_that_is_a_part_of_a_larger_tensor_is_filled_and_no_more(tmp_pa
         reader.fill("t", around[1:5, 1:7], (0, 0))
     assert torch.equal(around[1:5, 1:7], ROWS_4)
     assert around.sum() == ROWS_4.sum()
+
+
+def test_tensors_of_many_pages_are_read_from_among_others(tmp_path: Path):
+    wanted = torch.randn(300, 100, generator=torch.Generator().manual_seed(1))
+    metadata = write(tmp_path, {(0, 0): wanted[:200].clone(), (200, 0): wanted[200:].clone()}, wanted.shape)
+    found = torch.zeros(300, 100)
+    with ShardReader(tmp_path, metadata) as reader:
+        assert reader.fill("t", found[:200], (0, 0)) + reader.fill("t", found[200:], (200, 0)) == wanted.numel()
+    assert torch.equal(found, wanted)
 
 
 def test_what_no_file_holds_is_not_counted_as_filled(tmp_path: Path):
