@@ -32,12 +32,13 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dapo.config.tree import MegatronConfig, OptimConfig
-from megatron_dapo.digests import digest_files
+from megatron_dapo.digests import digest_file
 from megatron_dapo.mcore import checkpoint
 from megatron_dapo.mcore.families import shape_of
 from megatron_dapo.mcore.model import build_model
 from megatron_dapo.mcore.optimizer import apply_update, build_optimizer, wrap_for_training, zero_gradients
 from megatron_dapo.mcore.parallel import initialize, shutdown
+from megatron_dapo.mcore.safe_load import refuse_foreign_pickles
 from megatron_dapo.mcore.shard_write import Written
 from megatron_dapo.mcore.weights import load_hf
 
@@ -106,7 +107,9 @@ def save(state: State, folder: Path, background: bool) -> tuple[float, float]:
 
 
 def load(state: State, folder: Path) -> None:
-    digest_files(folder, [path.name for path in folder.iterdir()])
+    for path in folder.iterdir():  # a resume reads several files at a time; here one thread reads on both sides
+        digest_file(path)
+    refuse_foreign_pickles(folder)
     checkpoint.load(state.chunks, state.optimizer, folder)
 
 
@@ -146,12 +149,12 @@ def one_round(state: State, root: Path, size: int, block: bytes) -> dict[str, fl
     _, took["save, waited for"] = save(state, folder, background=False)
     took["pause of a background save"], took["background save, to its end"] = save(state, apart, background=True)
     for where in ("disk", "memory"):
-        for name, files, action in (
-            ("raw read", [raw], lambda: read_raw(raw)),
-            ("load", list(folder.iterdir()), lambda: load(state, folder)),
+        for name, action in (
+            ("raw read", lambda: [read_raw(path) for path in folder.iterdir()]),
+            ("load", lambda: load(state, folder)),
         ):
             if where == "disk":
-                forget(files)
+                forget(folder.iterdir())
             took[f"{name}, from {where}"] = seconds(action)
     for path in (folder, apart):
         shutil.rmtree(path)

@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_dapo.mcore.dist_load import load_sharded
+from megatron_dapo.mcore.safe_load import read_metadata
 from megatron_dapo.mcore.save_plan import SavePlanned, plan_save
 from megatron_dapo.mcore.shard_write import PendingWrite, ShardFiles, WriteFailure, Written
 
@@ -71,7 +73,7 @@ def start_save(chunks: Sequence[GPTModel], optimizer: ChainedOptimizer, path: st
 def load(chunks: Sequence[GPTModel], optimizer: ChainedOptimizer, path: str | Path) -> None:
     """Read what was saved, also on another layout. Collective."""
     _make_adam_state(optimizer)
-    state: dict[str, Any] = dist_checkpointing.load(_sharded_state(chunks, optimizer, loading=True), str(path))  # type: ignore[assignment]
+    state = load_sharded(_sharded_state(chunks, optimizer, loading=True), path, read_metadata(Path(path)))
     for index, chunk in enumerate(chunks):
         chunk.load_state_dict(state[_model_key(index)])
     for part in optimizer.chained_optimizers:
@@ -165,12 +167,17 @@ def _with_step(saved: dict[str, Any]) -> None:
 
 
 def _keep_own_step(optimizer: DistributedOptimizer) -> None:
-    """Let the optimizer load a parameter's state that comes without `step`: it has been set for all by then."""
+    """Let the optimizer load a parameter's state that comes without `step`, which has been set for all by then, and
+    leave in place what was read into place."""
     plain = DistributedOptimizer._set_main_param_and_optimizer_states
 
     def with_step(model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
         group, order = optimizer.model_param_group_index_map[model_param]
-        own = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][order]]
+        main = optimizer.optimizer.param_groups[group]["params"][order]
+        own = optimizer.optimizer.state[main]
+        places = {"param": main} | own
+        if all(tensor.data_ptr() == places[name].data_ptr() for name, tensor in tensors.items()):
+            return
         plain(optimizer, model_param, {"step": own["step"], **tensors})
 
     optimizer._set_main_param_and_optimizer_states = with_step  # type: ignore[method-assign]

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.gpt import GPTModel
 
+from megatron_dapo.mcore.dist_load import load_sharded
 from megatron_dapo.mcore.dist_read import check_model
 from megatron_dapo.mcore.families import ModelShape
 from megatron_dapo.mcore.safe_load import refuse_foreign_pickles
@@ -24,9 +24,10 @@ def load_model(chunks: Sequence[GPTModel], shape: ModelShape, folder: str | Path
     Raises:
         CheckpointError: it is of another model, or holds pickles that are refused.
     """
-    check_model(Path(folder), refuse_foreign_pickles(folder), shape)
+    metadata = refuse_foreign_pickles(folder)
+    check_model(Path(folder), metadata, shape)
     wanted = {str(i): _tensors_only(chunk.sharded_state_dict()) for i, chunk in enumerate(chunks)}
-    state: dict[str, Any] = dist_checkpointing.load(wanted, str(folder))  # type: ignore[assignment]
+    state = load_sharded(wanted, folder, metadata)
     for i, chunk in enumerate(chunks):
         missing, unexpected = chunk.load_state_dict(state[str(i)], strict=False)
         lost = [name for name in missing if not name.endswith("_extra_state")] + list(unexpected)

@@ -139,6 +139,9 @@ def _write_apart(files: ShardFiles, sender: Connection, parent: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # Torch makes its thread pool anew at the first use after a fork, and two threads at once fail at that: "Invalid
+    # thread pool!". So it is used here, before there are any.
+    torch.set_num_threads(1)
     if os.getppid() == parent:
         sender.send(_outcome(files.write))
 
