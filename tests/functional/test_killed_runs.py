@@ -127,7 +127,9 @@ def test_killed_at_a_moment_it_goes_on_to_the_same_end(config: Path, reference: 
     left = CheckpointStore(out).entries()
     ended = run(config, out, *SETTINGS)
     assert ended.code == 0, ended.said
-    assert f"resuming after step {left[0].step} from" in ended.said
+    # How many polls a rollout takes depends on how long rewards do: a kill in one may come before the first checkpoint.
+    told = f"resuming after step {left[0].step} from" if left else "steps done"
+    assert told in ended.said
     assert record_of(out) == record_of(reference)
     assert_whole(out)
     assert not list((out / "checkpoints").glob(".*")), "nothing half done is left"
