@@ -48,6 +48,7 @@ EXTRAS = {
         "pytest-timeout",
         "pytest-xdist",
         "hypothesis",
+        "multiprocess",  # forks runs for tests from a clean process
         "pre-commit",
         "mbridge[megatron]",  # the oracle of the weight-conversion tests
         "trl",  # what benchmarks/step_vs_trl.py measures against

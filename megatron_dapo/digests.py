@@ -7,8 +7,9 @@ It finds damage, not malice.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,17 +30,19 @@ class FileDigest:
 
 
 class DigestingFile:
-    """A new file to write, front to back. Leaving the context brings it to the disk itself (fsync)."""
+    """A new file to write, front to back. Leaving the context brings it to the disk itself (fsync).
+
+    A write that failed is an OSError that names the file, also where what called it answers with an error of its own.
+    """
 
     def __init__(self, path: str | Path):
         self._file = open(path, "wb")  # noqa: SIM115  (closed by __exit__)
         self._hash, self._bytes = xxhash.xxh3_128(), 0
+        self._failure: OSError | None = None
 
     def write(self, data: Any) -> int:
-        try:
+        with self._named():
             count = self._file.write(data)
-        except OSError as error:  # that of a write names no file
-            raise OSError(error.errno, error.strerror, str(self._file.name)) from error
         self._hash.update(data)
         self._bytes += count
         return count
@@ -48,7 +51,8 @@ class DigestingFile:
         return self._bytes
 
     def flush(self) -> None:
-        self._file.flush()
+        with self._named():
+            self._file.flush()
 
     @property
     def digest(self) -> FileDigest:
@@ -61,10 +65,22 @@ class DigestingFile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
             if error is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
+                self.flush()
+                with self._named():
+                    os.fsync(self._file.fileno())
         finally:
-            self._file.close()
+            with suppress(OSError):  # what is still buffered after a failure fails again
+                self._file.close()
+        if self._failure is not None and self._failure is not error:
+            raise self._failure from error
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # that of a write names no file
+            self._failure = OSError(error.errno, error.strerror, str(self._file.name))
+            raise self._failure from error
 
 
 def digest_file(path: str | Path, on_bytes: Callable[[int], None] = lambda count: None) -> FileDigest:

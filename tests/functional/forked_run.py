@@ -1,4 +1,7 @@
-"""A run in a process forked from this one, which has imported everything: a start takes a second, not ten.
+"""A run in a process forked from one that has imported everything: a start takes a second, not ten.
+
+It is forked from a server of its own, never from the process of the tests: that may have run gloo before, whose threads
+a fork loses and whose state it keeps, so that the child would wait for ever.
 
 The child may be told to die, or to be signalled, at a moment of the package's own code: the function at that moment is
 wrapped in the child alone.
@@ -13,15 +16,17 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dapo import launch  # noqa: F401  (imported for the children)
+import multiprocess  # as multiprocessing, but what it sends may hold modules and functions of tests
+
 from megatron_dapo.cli import main
 
 PATIENCE = 400  # seconds: a run takes a few, a busy machine makes them many
+_SERVER = multiprocess.get_context("forkserver")
+_SERVER.set_forkserver_preload(["megatron_dapo.cli", "megatron_dapo.launch"])
 
 
 @dataclass(frozen=True)
@@ -67,23 +72,27 @@ def run(
     """A whole run, or what is left of it; `prepare` is called in the child first."""
     out.mkdir(parents=True, exist_ok=True)
     log = out.with_name(out.name + ".log")
-    child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            _redirect(log)
-            faulthandler.dump_traceback_later(PATIENCE - 10)
-            prepare()
-            code = main(["train", str(config), f"trainer.default_local_dir={out}", *overrides])
-        except SystemExit as ending:
-            code = ending.code if isinstance(ending.code, int) else 98
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+    words = ["train", str(config), f"trainer.default_local_dir={out}", *overrides]
+    child = _SERVER.Process(target=_child, args=(log, prepare, words))
+    child.start()
     return Ended(_wait(child, killed_after), log.read_text())
+
+
+def _child(log: Path, prepare: Callable[[], None], words: list[str]) -> None:
+    code = 99
+    try:
+        _redirect(log)
+        faulthandler.dump_traceback_later(PATIENCE - 10)
+        prepare()
+        code = main(words)
+    except SystemExit as ending:
+        code = ending.code if isinstance(ending.code, int) else 98
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _redirect(log: Path) -> None:
@@ -94,17 +103,15 @@ def _redirect(log: Path) -> None:
     sys.stderr = os.fdopen(2, "w", buffering=1)
 
 
-def _wait(child: int, killed_after: float | None) -> int:
+def _wait(child: Any, killed_after: float | None) -> int:
     begun, killed = time.monotonic(), False
     while (waited := time.monotonic() - begun) < PATIENCE:
         if killed_after is not None and waited > killed_after and not killed:
-            os.kill(child, signal.SIGKILL)
+            child.kill()
             killed = True
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
-    with suppress(ProcessLookupError):
-        os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+        child.join(0.02)
+        if child.exitcode is not None:
+            return child.exitcode
+    child.kill()
+    child.join()
     raise TimeoutError(f"the run did not end within {PATIENCE} s")

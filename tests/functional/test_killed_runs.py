@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,16 +112,17 @@ TELLING = {
 CASES = [name if name in TELLING else pytest.param(name, marks=pytest.mark.slow) for name in MOMENTS]
 
 
+def _prepare(moment: Moment, slowly: bool) -> None:
+    if slowly:
+        _write_slowly()
+    moment.install()
+
+
 @pytest.mark.parametrize("when", CASES)
 def test_killed_at_a_moment_it_goes_on_to_the_same_end(config: Path, reference: Path, tmp_path: Path, when: str):
     moment, out = MOMENTS[when], tmp_path / "run"
 
-    def prepare() -> None:
-        if moment is WRITING:
-            _write_slowly()
-        moment.install()
-
-    ended = run(config, out, *SETTINGS, prepare=prepare)
+    ended = run(config, out, *SETTINGS, prepare=partial(_prepare, moment, slowly=moment is WRITING))
     assert ended.code == -signal.SIGKILL, ended.said
     assert not (out / "hf").exists()
     assert_whole(out)

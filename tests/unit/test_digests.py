@@ -46,3 +46,17 @@ def test_a_missing_file_has_none(tmp_path: Path):
     found = digest_files(tmp_path, ["here", "gone"])
     assert found["gone"] is None
     assert found["here"] == digest_file(tmp_path / "here")
+
+
+@pytest.mark.parametrize("answer", [OSError, RuntimeError])
+def test_a_full_disk_is_told_with_the_files_name_whatever_the_writer_makes_of_it(answer: type[Exception]):
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"), DigestingFile("/dev/full") as file:
+        try:
+            file.write(bytes(1 << 20))
+        except OSError as error:
+            raise (error if answer is OSError else answer("failed")) from None
+
+
+def test_a_disk_that_fills_up_at_the_end_is_told_with_the_files_name():
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"), DigestingFile("/dev/full") as file:
+        file.write(b"buffered")
