@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -80,10 +81,8 @@ class PendingWrite:
         if not background:
             self._outcome = _outcome(files.write)
             return
-        context = multiprocessing.get_context("fork")
-        self._receiver, sender = context.Pipe(duplex=False)
-        self._process = context.Process(target=_write_apart, args=(files, sender, os.getpid()), daemon=True)
-        self._process.start()
+        self._receiver, sender = multiprocessing.Pipe(duplex=False)
+        self.pid = _fork(files, sender)
         sender.close()  # so that the child's death ends the pipe
 
     def outcome(self, wait: bool) -> Written | WriteFailure | None:
@@ -91,20 +90,40 @@ class PendingWrite:
         if self._outcome is None and (wait or self._receiver.poll()):
             try:
                 self._outcome = self._receiver.recv()
+                self._join()
             except EOFError:
-                self._process.join()
-                self._outcome = WriteFailure(_ending(self._process.exitcode))
-            self._process.join()
-            self._receiver.close()
+                self._outcome = WriteFailure(_ending(self._join()))
         return self._outcome
 
     def abandon(self) -> None:
         """End the write, whatever it has done."""
         if self._outcome is None:
-            self._process.kill()
-            self._process.join()
-            self._receiver.close()
+            os.kill(self.pid, signal.SIGKILL)
+            self._join()
             self._outcome = WriteFailure("abandoned")
+
+    def _join(self) -> int:
+        """The exit code, negative if a signal ended it."""
+        self._receiver.close()
+        _, status = os.waitpid(self.pid, 0)
+        return os.waitstatus_to_exitcode(status)
+
+
+def _fork(files: ShardFiles, sender: Connection) -> int:
+    """The id of a process that writes `files` and sends the outcome.
+
+    Not `multiprocessing.Process`: its child first runs what others have asked for after a fork, and whoever holds a
+    proxy of a `multiprocessing.Manager`, as Megatron's own saves do, makes every child wait for an answer from there.
+    """
+    parent = os.getpid()
+    if pid := os.fork():
+        return pid
+    try:
+        _write_apart(files, sender, parent)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
 
 
 def _write_bucket(bucket: Any) -> tuple[str, list[WriteResult], FileDigest]:
@@ -135,6 +154,7 @@ class _Unclosed:
 
 def _write_apart(files: ShardFiles, sender: Connection, parent: int) -> None:
     """The forked process. Signals are its parent's to act on; its parent's end is its own."""
+    gc.disable()  # what a finalizer does is the parent's to do
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
@@ -144,6 +164,7 @@ def _write_apart(files: ShardFiles, sender: Connection, parent: int) -> None:
     torch.set_num_threads(1)
     if os.getppid() == parent:
         sender.send(_outcome(files.write))
+        os._exit(0)
 
 
 def _outcome(write: Callable[[], Written]) -> Written | WriteFailure:
@@ -161,9 +182,9 @@ def _disk_error(error: BaseException | None) -> OSError | None:
     return error
 
 
-def _ending(exitcode: int | None) -> str:
+def _ending(exitcode: int) -> str:
     how = f"exit code {exitcode}"
-    if exitcode is not None and exitcode < 0:
+    if exitcode < 0:
         with contextlib.suppress(ValueError):
             how = signal.Signals(-exitcode).name
     return f"the writing process ended by {how}; see the kernel's log if memory ran out"

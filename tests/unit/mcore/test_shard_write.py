@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,15 +24,9 @@ from megatron_dapo.mcore.shard_write import PendingWrite, ShardFiles
 path = Path(sys.argv[1])
 os.mkfifo(path)
 pending = PendingWrite(ShardFiles([], (path, {})), background=True)
-print(pending._process.pid, flush=True)
+print(pending.pid, flush=True)
 time.sleep(60)
 """
-
-
-@pytest.fixture
-def others() -> set[Any]:
-    """Processes that this one has started before: Megatron keeps one for its own saves."""
-    return set(multiprocessing.active_children())
 
 
 def files_in(folder: Path, values: dict) -> ShardFiles:
@@ -41,7 +34,7 @@ def files_in(folder: Path, values: dict) -> ShardFiles:
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_what_is_written_is_the_state_of_the_call(others: set[Any], tmp_path: Path, background: bool):
+def test_what_is_written_is_the_state_of_the_call(tmp_path: Path, background: bool):
     tensor = torch.arange(1_000_000)
     pending = PendingWrite(files_in(tmp_path, {"tensor": tensor}), background)
     tensor.zero_()
@@ -50,7 +43,7 @@ def test_what_is_written_is_the_state_of_the_call(others: set[Any], tmp_path: Pa
     assert written.digests == {"common.pt": digest_file(tmp_path / "common.pt")}
     assert torch.equal(torch.load(tmp_path / "common.pt")["tensor"], torch.arange(1_000_000))
     assert pending.outcome(wait=True) is written, "asked twice"
-    assert set(multiprocessing.active_children()) <= others
+    assert not background or not _alive(pending.pid)
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -72,23 +65,37 @@ def test_a_writer_that_is_killed_is_a_failure_with_its_signal(tmp_path: Path):
     os.mkfifo(tmp_path / "common.pt")  # opening it waits for a reader
     pending = PendingWrite(files_in(tmp_path, {}), background=True)
     assert pending.outcome(wait=False) is None
-    os.kill(pending._process.pid, signal.SIGKILL)
+    os.kill(pending.pid, signal.SIGKILL)
     failure = pending.outcome(wait=True)
     assert isinstance(failure, WriteFailure)
     assert "SIGKILL" in failure.reason
 
 
-def test_a_schedulers_signals_do_not_end_the_writer(others: set[Any], tmp_path: Path):
+def test_a_schedulers_signals_do_not_end_the_writer(tmp_path: Path):
     os.mkfifo(tmp_path / "common.pt")
     pending = PendingWrite(files_in(tmp_path, {"a": 1}), background=True)
     time.sleep(0.5)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        os.kill(pending._process.pid, number)
+        os.kill(pending.pid, number)
     time.sleep(0.2)
-    assert pending._process.is_alive()
+    assert _alive(pending.pid)
     pending.abandon()
     assert isinstance(pending.outcome(wait=True), WriteFailure)
-    assert set(multiprocessing.active_children()) <= others
+    assert not _alive(pending.pid)
+
+
+def test_a_manager_that_answers_nobody_holds_up_no_write(tmp_path: Path):
+    """A child of `multiprocessing.Process` tells the manager of every proxy that it is there, and waits."""
+    with multiprocessing.get_context("spawn").Manager() as manager:
+        values = manager.list()
+        process = manager._process  # type: ignore[attr-defined]
+        os.kill(process.pid, signal.SIGSTOP)
+        try:
+            pending = PendingWrite(files_in(tmp_path, {}), background=True)
+            assert isinstance(pending.outcome(wait=True), Written)
+        finally:
+            os.kill(process.pid, signal.SIGCONT)
+        assert list(values) == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a parent's death is told to its children on Linux alone")
