@@ -28,6 +28,7 @@ from megatron_dapo.rewards.failure_rate import RewardFailureRateError
 from megatron_dapo.rewards.pool import RewardWorkerError
 from megatron_dapo.runtime.group import WorkerError
 from megatron_dapo.runtime.spmd import SpmdControl
+from megatron_dapo.sync.errors import WeightSyncError
 from megatron_dapo.trainer import TrainingDivergedError
 
 # What a user can act on: the message says all, a traceback would say less.
@@ -39,6 +40,7 @@ ENDINGS = (
     SamplingExhausted,
     TrainingDivergedError,
     UnknownMetricError,
+    WeightSyncError,
     WorkerError,
 )
 

@@ -104,6 +104,26 @@ def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def stage_parameters(shape: ModelShape, pp_rank: int, pp_size: int, vpp_size: int | None = None) -> list[str]:
+    """Megatron's names of the parameters on a pipeline stage, norms apart, layers counted over the whole model.
+
+    Interleaved stages (`vpp_size` chunks each) hold every pp_size-th run of layers. A tied embedding is on the last
+    stage too, as `output_layer.weight`, where the model has more than one stage.
+    """
+    chunks = vpp_size or 1
+    depth = shape.num_layers // (pp_size * chunks)
+    layers = [(chunk * pp_size + pp_rank) * depth + i for chunk in range(chunks) for i in range(depth)]
+    absent = _FUSED_NORMS if shape.family.qkv_bias else _FUSED_NORMS | {"self_attention.linear_qkv.bias"}
+    if not shape.family.qk_norm:
+        absent |= {"self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"}
+    found = ["embedding.word_embeddings.weight"] if pp_rank == 0 else []
+    found += [f"decoder.layers.{layer}.{inner}" for layer in layers for inner in _LAYER if inner not in absent]
+    if pp_rank == pp_size - 1:
+        found.append("decoder.final_layernorm.weight")
+        found += [] if shape.tied and pp_size == 1 else ["output_layer.weight"]
+    return found
+
+
 def global_name(name: str, layer_offset: int) -> str:
     """Megatron counts layers from 0 on each pipeline stage; here from 0 over the model. DDP's `module.` is cut."""
     name = name.removeprefix("module.")
@@ -151,6 +171,7 @@ def _qkv(shard: Shard, hf: tuple[str, ...]) -> list[Piece]:
 _Q_SIZE = _columns(lambda shape: shape.num_heads * shape.head_dim)
 _FFN_SIZE = _columns(lambda shape: shape.ffn_hidden_size)
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_FUSED_NORMS = frozenset({"self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"})
 _INPUT_NORM = (("input_layernorm.weight",), _whole)
 _MLP_NORM = (("post_attention_layernorm.weight",), _whole)
 
