@@ -12,7 +12,7 @@ from math import prod
 
 import torch
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup, ProcessGroupGloo, Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore, ProcessGroup, ProcessGroupGloo, Store, TCPStore
 
 from megatron_dapo.sync.parts import Link, Message
 from megatron_dapo.sync.slices import LocalSlices
@@ -64,7 +64,7 @@ class Network:
 
 
 def _nccl(store: Store, rank: int, size: int, timeout: timedelta) -> ProcessGroup:
-    from torch.distributed.distributed_c10d import ProcessGroupNCCL  # not in builds of torch without CUDA
+    from torch._C._distributed_c10d import ProcessGroupNCCL  # not in builds of torch without CUDA
 
     options = ProcessGroupNCCL.Options()
     options._timeout = timeout

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.distributed_c10d import TCPStore
+from torch._C._distributed_c10d import TCPStore
 
 from megatron_dapo.mcore.families.names import hf_shapes
 from megatron_dapo.mcore.parallel import device

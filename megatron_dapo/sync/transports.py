@@ -59,7 +59,7 @@ def choose(transport: str, ranks: Ranks, seen: Survey) -> str:
 
 def make_weight_sync(
     ranks: Ranks, policy: PolicyGroup, config: WeightSyncConfig, dtype: torch.dtype, probe: Probe
-) -> WeightSync:
+) -> VerifiedSync:
     """The way for a whole run; collective over all ranks.
 
     Raises:

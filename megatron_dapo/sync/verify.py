@@ -68,13 +68,13 @@ class VerifiedSync:
             dtype: of the engines' weights.
             every: 0: the first push alone.
         """
-        self._inner, self._ranks, self._policy, self._probe, self._every = inner, ranks, policy, probe, every
+        self.inner, self._ranks, self._policy, self._probe, self._every = inner, ranks, policy, probe, every
         self._shards = [CheckedRegions(regions, dtype) for regions in plan.spoken_for]
         self._pushes = 0
 
     def push(self, version: int) -> None:
         """Raises WeightSyncError: an engine refused the weights, or does not have what the policy has."""
-        self._inner.push(version)
+        self.inner.push(version)
         if self._pushes == 0 or (self._every and self._pushes % self._every == 0):
             self._check_sums(version)
             self._check_probe(version)
