@@ -48,10 +48,10 @@ class CudaHandle:
 
 
 def make_host_memory(nbytes: int) -> tuple[Tensor, HostHandle]:
-    """[nbytes] zeros that processes of this host can share; pages that are never written take no memory.
+    """[nbytes] zeros that processes of this host can share. The memory is taken at once.
 
     Raises:
-        RuntimeError: torch's, where /dev/shm cannot be used.
+        RuntimeError: torch's, where /dev/shm has no room for it or cannot be used.
     """
     storage = torch.UntypedStorage._new_using_filename_cpu(nbytes)
     manager, name, size = storage._share_filename_cpu_()
