@@ -16,7 +16,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-_SHORTEST_NAP, _LONGEST_NAP = 2e-5, 1e-3  # seconds
+_SHORTEST_NAP, _LONGEST_NAP = 2e-5, 2e-4  # seconds
 _LOOK_AROUND = 1.0  # seconds between looks at whether the others live
 
 

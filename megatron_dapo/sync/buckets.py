@@ -37,15 +37,22 @@ class Bucket:
 
 
 def make_buckets(shapes: Mapping[str, tuple[int, ...]], itemsize: int, bucket_bytes: int) -> tuple[Bucket, ...]:
-    """Tensors in their order, as many to a bucket as `bucket_bytes` holds; a larger one has a bucket to itself."""
+    """As many tensors to a bucket as `bucket_bytes` holds; a larger one has a bucket to itself.
+
+    In their order, but the larger ones (embedding, output layer) stand in the middle: engines read as soon as the
+    first bucket is written, and end soon after the last, so neither should be a large one.
+    """
+    sizes = {name: -(-prod(dims) * itemsize // _ALIGNMENT) * _ALIGNMENT for name, dims in shapes.items()}
+    fitting = [name for name, size in sizes.items() if size <= bucket_bytes]
+    larger = [name for name, size in sizes.items() if size > bucket_bytes]
+    half = len(fitting) // 2
     buckets: list[Bucket] = []
     placed: list[Placed] = []
     end = 0
-    for name, dims in shapes.items():
-        size = -(-prod(dims) * itemsize // _ALIGNMENT) * _ALIGNMENT
-        if placed and end + size > bucket_bytes:
+    for name in (*fitting[:half], *larger, *fitting[half:]):
+        if placed and end + sizes[name] > bucket_bytes:
             buckets.append(Bucket(tuple(placed), end))
             placed, end = [], 0
-        placed.append(Placed(name, dims, end))
-        end += size
-    return (*buckets, Bucket(tuple(placed), end)) if placed else tuple(buckets)
+        placed.append(Placed(name, shapes[name], end))
+        end += sizes[name]
+    return (*buckets, Bucket(tuple(placed), end))
