@@ -1,4 +1,4 @@
-"""Weights from Megatron's ranks into an engine on each rank, through every transport that a CPU has; and with faults."""
+"""Weights from Megatron's ranks into an engine on each, through every transport that a CPU has; and with faults."""
 
 from __future__ import annotations
 

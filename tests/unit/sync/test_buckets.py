@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import prod
 
 import pytest
@@ -33,7 +34,7 @@ def test_every_tensor_has_a_place_and_none_overlap(dims: list[tuple[int, ...]], 
 def test_a_bucket_is_larger_than_asked_for_only_where_one_tensor_is(dims: list[tuple[int, ...]], size: int):
     buckets = make_buckets({f"t{number}": shape for number, shape in enumerate(dims)}, 4, size)
     assert all(bucket.nbytes <= size or len(bucket.tensors) == 1 for bucket in buckets)
-    for left, right in zip(buckets, buckets[1:], strict=False):
+    for left, right in pairwise(buckets):
         first = -(-4 * prod(right.tensors[0].dims) // 64) * 64
         assert left.nbytes + first > size, "the next tensor would have found room"
 

@@ -27,7 +27,7 @@ def test_what_is_missing_and_what_is_too_much_is_named():
 
 def test_a_long_list_is_cut():
     with pytest.raises(WeightSyncError, match=r"layer\.0, layer\.1, layer\.2, layer\.3, layer\.4 and 4 more differ"):
-        raise_on_difference(SUMS, {name: -1 for name in SUMS}, engine=0, version=0)
+        raise_on_difference(SUMS, dict.fromkeys(SUMS, -1), engine=0, version=0)
 
 
 @pytest.mark.parametrize("temperature, drawn_at", [(1.0, 0.0), (0.7, 0.7)])
