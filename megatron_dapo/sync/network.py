@@ -12,7 +12,7 @@ from math import prod
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, ProcessGroup, ProcessGroupGloo, Store, TCPStore
+from torch._C._distributed_c10d import Backend, PrefixStore, ProcessGroupGloo, Store, TCPStore
 
 from megatron_dapo.sync.parts import Link, Message
 from megatron_dapo.sync.slices import LocalSlices
@@ -55,7 +55,7 @@ class Network:
                 start += region.count
         return flat
 
-    def _meet(self, link: Link, store: Store, timeout: timedelta) -> ProcessGroup:
+    def _meet(self, link: Link, store: Store, timeout: timedelta) -> Backend:
         members = [link.sender, *link.receivers]
         rank, own = members.index(self._process), PrefixStore(f"weights/{members}", store)
         if self._device.type == "cuda":
@@ -63,7 +63,7 @@ class Network:
         return ProcessGroupGloo(own, rank, len(members), timeout)
 
 
-def _nccl(store: Store, rank: int, size: int, timeout: timedelta) -> ProcessGroup:
+def _nccl(store: Store, rank: int, size: int, timeout: timedelta) -> Backend:
     from torch._C._distributed_c10d import ProcessGroupNCCL  # not in builds of torch without CUDA
 
     options = ProcessGroupNCCL.Options()
