@@ -37,7 +37,8 @@ class Network:
         under_way = []
         for message in messages:
             flat = self._filled(message, slices, dtype)
-            work = self._groups[message.link].broadcast(flat, 0)  # of the group's first member, the sender
+            # From the group's first member, the sender. Torch's stubs leave the method out.
+            work = self._groups[message.link].broadcast(flat, 0)  # type: ignore[attr-defined]
             under_way.append((message, flat, work))
         for message, flat, work in under_way:
             work.wait()
