@@ -45,13 +45,19 @@ from megatron_dapo.rewards.table import RewardTask, VerifierSpec
 from megatron_dapo.rollout.torch_engine import TorchEngine
 from megatron_dapo.runtime.group import WorkerGroup
 from megatron_dapo.runtime.host import WorkerHost
-from megatron_dapo.sync.embedded import EmbeddedSync, load_checkpoint_weights
+from megatron_dapo.sync.embedded import WeightSync, load_checkpoint_weights
+from megatron_dapo.sync.survey import Ranks
+from megatron_dapo.sync.transports import make_weight_sync
+from megatron_dapo.sync.verify import Probe
 from megatron_dapo.trainer import Trainer
 from megatron_dapo.training_step import StepRules, final_rewards
 from megatron_dapo.types import IntArray, Prompt, SamplingParams
 from megatron_dapo.workers.policy import PolicySettings, PolicyWorker
 from megatron_dapo.workers.policy_group import MicroBatchLimits, PassLimits, PolicyGroup
 from megatron_dapo.workers.rollout import RolloutFleet, RolloutWorker
+
+# How far an engine's log-probs may be from the policy's: other kernels, the same weights.
+_PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 
 
 @dataclass(frozen=True)
@@ -153,7 +159,7 @@ def building_trainer(
             policy=policy,
             engine=engine,
             sampler=_sampler(config, datasets.train, engine, scorer, decode, policy),
-            sync=EmbeddedSync(group),
+            sync=_weight_sync(config, group, policy),
             evaluator=None if datasets.val is None else _evaluator(config, datasets.val, engine, pool, decode),
             scorer=scorer,
             loggers=stack.enter_context(Loggers(config.trainer.logger, info)),
@@ -286,6 +292,20 @@ def _engine(config: RunConfig) -> TorchEngine:
         device=device(),
         dtype=DTYPES[section.actor.megatron.params_dtype],
     )
+
+
+def _weight_sync(config: RunConfig, group: WorkerGroup, policy: PolicyGroup) -> WeightSync:
+    section = config.actor_rollout_ref
+    settings, dtype = section.rollout.weight_sync, section.actor.megatron.params_dtype
+    tolerance = _PROBE_TOLERANCE[dtype] if settings.probe_tolerance is None else settings.probe_tolerance
+    probe = Probe(
+        vocab_size=AutoConfig.from_pretrained(section.model.path).vocab_size,
+        prompt_tokens=min(8, config.data.max_prompt_length),
+        response_tokens=min(8, config.data.max_response_length),
+        temperature=section.rollout.temperature,
+        tolerance=tolerance,
+    )
+    return make_weight_sync(Ranks(group, group), policy, settings, DTYPES[dtype], probe)
 
 
 def end_token_ids(model_path: str) -> tuple[int, ...]:

@@ -29,6 +29,7 @@ from megatron_dapo.rewards.failure_rate import RewardFailureRateError
 from megatron_dapo.rewards.pool import RewardWorkerError
 from megatron_dapo.runtime.group import WorkerError
 from megatron_dapo.runtime.spmd import SpmdControl
+from megatron_dapo.sync.errors import WeightSyncError
 from megatron_dapo.trainer import TrainingDivergedError
 from megatron_dapo.types import CheckpointError
 from megatron_dapo.workers.policy_group import CheckpointWriteError
@@ -46,6 +47,7 @@ ENDINGS = (
     SamplingExhausted,
     TrainingDivergedError,
     UnknownMetricError,
+    WeightSyncError,
     WorkerError,
 )
 

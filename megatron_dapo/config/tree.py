@@ -274,6 +274,20 @@ class ValKwargsConfig:
 
 
 @dataclass(frozen=True)
+class WeightSyncConfig:
+    """How the policy's weights reach the engines (docs/weight_sync.md)."""
+
+    transport: Literal["auto", "in_process", "shared_memory", "broadcast", "cuda_ipc"] = "auto"
+    bucket_bytes: int = 512 * 2**20  # of a bucket that weights travel in; a larger tensor has one to itself
+    verify_every: int = 10  # pushes after the first, which is always verified; 0: the first alone
+    probe_tolerance: float | None = None  # of a log-prob; if absent 1e-3 for float32 weights, 0.25 for bfloat16
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "bucket_bytes")
+        at_least(self, 0, "verify_every", "probe_tolerance")
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     name: Literal["torch"] = "torch"
     n: int = 8  # responses a prompt
@@ -284,6 +298,7 @@ class RolloutConfig:
     log_prob_use_dynamic_bsz: bool = True
     log_prob_max_token_len_per_gpu: int | None = None  # ppo_max_token_len_per_gpu if absent
     val_kwargs: ValKwargsConfig = field(default_factory=ValKwargsConfig)
+    weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
 
     def __post_init__(self) -> None:
         at_least(self, 1, "n", "max_num_seqs", "log_prob_max_token_len_per_gpu")

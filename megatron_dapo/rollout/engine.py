@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -33,5 +33,13 @@ class RolloutEngine(Protocol):
 
         Raises:
             ValueError: a name or shape that the model does not have, or a weight that never came.
+        """
+        ...
+
+    def weight_checksums(self) -> Mapping[str, int]:
+        """Hugging Face name -> `algo.checksum.checksum` of the whole tensor as the engine holds it now, in its dtype.
+
+        An engine of several ranks adds up (`add_checksums`) what each computes of its slices. A tied output projection
+        is not named.
         """
         ...

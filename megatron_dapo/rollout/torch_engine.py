@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from megatron_dapo.algo.checksum import checksum
 from megatron_dapo.rollout.chunk import Chunk
 from megatron_dapo.rollout.decoder import Decoder, build_model
 from megatron_dapo.rollout.sampling import check_params
@@ -165,6 +166,9 @@ class TorchEngine:
             listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise ValueError(f"{len(missing)} of {len(own)} weights never came in version {version}: {listed}")
         self._version = version
+
+    def weight_checksums(self) -> dict[str, int]:
+        return {name: checksum(param) for name, param in self._model.named_parameters()}
 
     def _check(self, request: Request) -> None:
         check_params(request.params)

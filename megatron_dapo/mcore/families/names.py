@@ -109,15 +109,36 @@ def megatron_names(shape: ModelShape) -> list[str]:
 
     Megatron's checkpoints hold these names for both layer specs: the local one maps its own to them when it saves.
     """
-    present = hf_shapes(shape)
-
-    def known(name: str) -> bool:
-        return all(piece.hf_name in present for piece in pieces(name, Shard(shape, 0, 1)))
-
-    inner = [name for name in _LAYER if name not in ("input_layernorm.weight", "pre_mlp_layernorm.weight")]
+    inner = _inner_names(shape, without=_LOCAL_NORMS)
     layers = [f"decoder.layers.{number}.{name}" for number in range(shape.num_layers) for name in inner]
     names = ["embedding.word_embeddings.weight", *layers, "decoder.final_layernorm.weight"]
-    return [name for name in names if known(name)] + ([] if shape.tied else ["output_layer.weight"])
+    return names + ([] if shape.tied else ["output_layer.weight"])
+
+
+def stage_parameters(shape: ModelShape, pp_rank: int, pp_size: int, vpp_size: int | None = None) -> list[str]:
+    """The parameters on a pipeline stage, layers counted over the whole model; norms under the local spec's names.
+
+    Interleaved stages (`vpp_size` chunks each) hold every pp_size-th run of layers. A tied embedding is on the last
+    stage too, as `output_layer.weight`, where the model has more than one stage.
+    """
+    chunks = vpp_size or 1
+    depth = shape.num_layers // (pp_size * chunks)
+    layers = [(chunk * pp_size + pp_rank) * depth + i for chunk in range(chunks) for i in range(depth)]
+    inner = _inner_names(shape, without=_FUSED_NORMS)
+    found = ["embedding.word_embeddings.weight"] if pp_rank == 0 else []
+    found += [f"decoder.layers.{layer}.{name}" for layer in layers for name in inner]
+    if pp_rank == pp_size - 1:
+        found.append("decoder.final_layernorm.weight")
+        found += [] if shape.tied and pp_size == 1 else ["output_layer.weight"]
+    return found
+
+
+def _inner_names(shape: ModelShape, without: frozenset[str]) -> list[str]:
+    """Of a layer's parameters, those that the family has."""
+    absent = without if shape.family.qkv_bias else without | {"self_attention.linear_qkv.bias"}
+    if not shape.family.qk_norm:
+        absent |= {"self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"}
+    return [name for name in _LAYER if name not in absent]
 
 
 def global_name(name: str, layer_offset: int) -> str:
@@ -167,6 +188,8 @@ def _qkv(shard: Shard, hf: tuple[str, ...]) -> list[Piece]:
 _Q_SIZE = _columns(lambda shape: shape.num_heads * shape.head_dim)
 _FFN_SIZE = _columns(lambda shape: shape.ffn_hidden_size)
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_LOCAL_NORMS = frozenset({"input_layernorm.weight", "pre_mlp_layernorm.weight"})
+_FUSED_NORMS = frozenset({"self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"})
 _INPUT_NORM = (("input_layernorm.weight",), _whole)
 _MLP_NORM = (("post_attention_layernorm.weight",), _whole)
 

@@ -20,6 +20,7 @@ from megatron_dapo.mcore.families.names import (
     megatron_names,
     pieces,
     sharded_dim,
+    stage_parameters,
 )
 from tests.unit.mcore.helpers import FUSED_NORMS, SHAPE, local_shapes
 
@@ -194,3 +195,24 @@ def test_mbridge_cuts_the_same_shards(family: str, tp_size: int):
 def test_the_names_of_a_model_are_those_of_its_parameters(family: str, tied: bool):
     shape = replace(SHAPE, family=FAMILIES[family], tied=tied)
     assert sorted(megatron_names(shape)) == sorted(local_shapes(shape, 1, fused_norms=True))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_parameters_of_all_stages_are_the_models(family: str, tied: bool):
+    shape = replace(SHAPE, family=FAMILIES[family], tied=tied, num_layers=8)
+    wanted = set(local_shapes(shape, 1, fused_norms=False))
+    assert set(stage_parameters(shape, 0, 1)) == wanted
+    for pp_size, vpp_size in ((2, None), (4, 2), (2, 4)):
+        stages = [stage_parameters(shape, rank, pp_size, vpp_size) for rank in range(pp_size)]
+        listed = [name for stage in stages for name in stage]
+        copies = ["output_layer.weight"] if tied else []  # the last stage's copy of the embedding
+        assert sorted(listed) == sorted([*wanted, *copies])
+        assert "embedding.word_embeddings.weight" in stages[0]
+        assert "output_layer.weight" in stages[-1]
+
+
+def test_interleaved_stages_take_turns_at_runs_of_layers():
+    shape = replace(SHAPE, num_layers=8)
+    norms = [name for name in stage_parameters(shape, 1, 2, 2) if name.endswith("pre_mlp_layernorm.weight")]
+    assert [int(name.split(".")[2]) for name in norms] == [2, 3, 6, 7]

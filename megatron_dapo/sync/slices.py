@@ -1,0 +1,44 @@
+"""Rectangles of Hugging Face tensors as views of this rank's own parameters: nothing is gathered or copied."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_dapo.mcore.families.names import Shard, hf_shapes, pieces
+from megatron_dapo.mcore.weights import local_parameters
+from megatron_dapo.sync.regions import Region, region_of
+from megatron_dapo.workers.policy import PolicyWorker
+
+
+@dataclass(frozen=True)
+class _Held:
+    region: Region
+    param: torch.nn.Parameter
+    local: tuple[slice, ...]
+
+
+class LocalSlices:
+    """Of a policy rank. Views are made when asked for: optimizers and offloading may move a parameter's data."""
+
+    def __init__(self, worker: PolicyWorker):
+        shapes, layout = hf_shapes(worker.shape), worker.layout
+        self._held: dict[str, list[_Held]] = defaultdict(list)
+        for name, param in local_parameters(worker.chunks):
+            for piece in pieces(name, Shard(worker.shape, layout.tp_rank, layout.tp_size)):
+                region = region_of(piece.hf_name, piece.hf_rows, piece.hf_cols, shapes[piece.hf_name])
+                self._held[piece.hf_name].append(_Held(region, param, piece.local_index(param.dim())))
+
+    def view(self, region: Region) -> Tensor:
+        """Of the region's own shape; one-dimensional for a one-dimensional tensor.
+
+        Raises:
+            LookupError: this rank does not hold all of it.
+        """
+        for held in self._held.get(region.name, ()):
+            if held.region.contains(region):
+                return held.param.data[held.local][region.index(held.param.dim(), held.region)]
+        raise LookupError(f"this rank does not hold rows {region.rows}, columns {region.cols} of {region.name!r}")
