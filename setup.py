@@ -47,6 +47,7 @@ EXTRAS = {
         "hypothesis",
         "pre-commit",
         "mbridge[megatron]",  # the oracle of the weight-conversion tests
+        "ray>=2.40",
         "trl",  # what benchmarks/step_vs_trl.py measures against
     ],
 }
