@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,12 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from megatron_dapo.algo.loss import PolicyLossConfig
 from megatron_dapo.algo.overlong import overlong_penalty
-from megatron_dapo.checkpoints import CheckpointStore
+from megatron_dapo.checkpoints.meta import Identity
+from megatron_dapo.checkpoints.resume import Found, find
+from megatron_dapo.checkpoints.saver import Saver, SaveRules, Snapshot
+from megatron_dapo.checkpoints.store import CheckpointStore
 from megatron_dapo.config.convert import to_dict
-from megatron_dapo.config.tree import ConfigError, RunConfig
+from megatron_dapo.config.tree import ConfigError, RunConfig, TrainerConfig
 from megatron_dapo.data.dynamic_sampling import DynamicSampler, SamplerSettings
 from megatron_dapo.data.generation import GroupRollout
 from megatron_dapo.data.prompts import PromptDataset, load_prompts
@@ -27,6 +30,7 @@ from megatron_dapo.data.stream import PromptStream
 from megatron_dapo.evaluation import Evaluator
 from megatron_dapo.interrupts import Interrupts
 from megatron_dapo.manifest import SIDE
+from megatron_dapo.mcore.families import shape_of
 from megatron_dapo.mcore.fused_loss import Objective
 from megatron_dapo.mcore.hf_save import copy_side_files
 from megatron_dapo.mcore.model import DTYPES
@@ -118,12 +122,12 @@ def building_trainer(
     directory = Path(config.trainer.default_local_dir)
     (directory / SIDE).mkdir(parents=True, exist_ok=True)
     copy_side_files(config.actor_rollout_ref.model.path, directory / SIDE)  # for `export`, without the first model
-    store = CheckpointStore(directory)
-    found = store.find(config.trainer.resume_mode)
-    first_step = 0 if found is None else store.read_state(found)["progress"]["step"] + 1
     total_steps = training_steps(config, len(datasets.train))
     rules = _rules(config)
     policy = PolicyGroup(group, _limits(config))
+    checkpoints = _Checkpoints.of(config, policy, console)
+    found = checkpoints.find(config.trainer.resume_mode)
+    first_step = 0 if found is None else found.meta.step + 1
     interrupts = Interrupts()
     engine = RolloutFleet(group, interrupts.check)
     with ExitStack() as stack:
@@ -138,6 +142,7 @@ def building_trainer(
             total_steps=total_steps,
             config=to_dict(config),
             console=console,
+            logger_ids={} if found is None else found.state["loggers"],
         )
         decode = _decoder(tokenizer)
         trainer = Trainer(
@@ -153,16 +158,56 @@ def building_trainer(
             scorer=scorer,
             loggers=stack.enter_context(Loggers(config.trainer.logger, info)),
             sample_log=SampleLog(directory / "samples.jsonl", config.trainer.log_samples, decode, first_step),
-            store=store,
             timers=Timers(),
             interrupts=interrupts,
+            make_saver=partial(checkpoints.saver, config.trainer),
         )
         stack.callback(trainer.sample_log.close)
         if found is not None:
-            trainer.restore(found)
-            console.print(f"resuming after step {trainer.progress.step} from {found}")
+            same_layout = trainer.restore(found)
+            how = "" if same_layout else f"; it was saved on another layout ({found.meta.layout}): fresh random streams"
+            checkpoints.report(f"resuming after step {trainer.progress.step} from {found.path}{how}")
         stack.enter_context(interrupts.watched())
         yield trainer
+
+
+@dataclass(frozen=True)
+class _Checkpoints:
+    """Where a run's checkpoints are, and what they must agree with."""
+
+    store: CheckpointStore
+    fallback: CheckpointStore | None
+    policy: PolicyGroup
+    identity: Identity
+    report: Callable[[str], None]
+
+    @classmethod
+    def of(cls, config: RunConfig, policy: PolicyGroup, console: Console) -> _Checkpoints:
+        trainer, megatron = config.trainer, config.actor_rollout_ref.actor.megatron
+        model = asdict(shape_of(AutoConfig.from_pretrained(config.actor_rollout_ref.model.path)))
+        model["family"] = model["family"]["name"]
+        training = {
+            "params_dtype": megatron.params_dtype,
+            "use_distributed_optimizer": megatron.use_distributed_optimizer,
+        }
+        return cls(
+            CheckpointStore(trainer.default_local_dir),
+            CheckpointStore(trainer.fallback_local_dir) if trainer.fallback_local_dir else None,
+            policy,
+            Identity(policy.layout, model, training),
+            partial(console.print, markup=False, highlight=False, soft_wrap=True),
+        )
+
+    def find(self, resume_mode: str) -> Found | None:
+        """What a killed run left half done is cleared away first."""
+        stores = [self.store, *([self.fallback] if self.fallback else [])]
+        for store in stores:
+            store.recover()
+        return find(resume_mode, stores, self.identity, self.policy.digest_files, self.report)
+
+    def saver(self, config: TrainerConfig, snapshot: Callable[[], Snapshot]) -> Saver:
+        rules = SaveRules(config.async_save, config.save_total_limit)
+        return Saver(self.store, self.fallback, self.policy, self.identity, rules, snapshot, self.report)
 
 
 @contextmanager

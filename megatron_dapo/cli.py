@@ -1,6 +1,6 @@
 """The command line: `megatron-dapo train CONFIG.yaml key=value ...`, `eval`, `--dry-run`; and `export`, `checkpoint`.
 
-Exit codes: 0 done, 1 stopped by an error that says what to change, 2 a configuration that cannot be, 130 Ctrl-C.
+Exit codes stand in `exit_codes.py`; `train` also leaves its own in `<trainer.default_local_dir>/exit_status`.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -20,8 +21,7 @@ from megatron_dapo.config.arithmetic import format_arithmetic, run_arithmetic
 from megatron_dapo.config.check import check, check_files, planned_world_size
 from megatron_dapo.config.load import LoadedConfig, load_config
 from megatron_dapo.config.tree import ConfigError, RunConfig
-
-FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
+from megatron_dapo.exit_codes import DONE, FAILED, INTERRUPTED, REQUEUE, USAGE_ERROR
 
 
 def run() -> None:
@@ -95,7 +95,9 @@ def _train(loaded: LoadedConfig, console: Console) -> int:
     check_files(loaded.config)
     from megatron_dapo import launch  # imports Megatron: seconds that a wrong key need not wait for
 
-    return _stopped(launch.train, loaded.config, console)
+    with _exit_status(Path(loaded.config.trainer.default_local_dir)) as left:
+        left.code = _stopped(launch.train, loaded.config, console)
+    return left.code
 
 
 def _evaluate(loaded: LoadedConfig, console: Console) -> int:
@@ -130,7 +132,35 @@ def _stopped(action: Callable[[RunConfig, Console], None], config: RunConfig, co
         action(config, console)
     except ENDINGS as error:
         return _complain(f"{type(error).__name__}: {error}", FAILED)
-    return 0
+    return DONE
+
+
+@dataclass
+class _Left:
+    code: int
+
+
+@contextmanager
+def _exit_status(directory: Path) -> Iterator[_Left]:
+    """Leave the exit code of what runs inside in `directory`/exit_status: torchrun answers 1 whatever it was."""
+    path, left = directory / "exit_status", _Left(FAILED)
+    if _rank() == 0:
+        path.unlink(missing_ok=True)  # a killed process leaves none
+    try:
+        yield left
+    except KeyboardInterrupt:
+        left.code = INTERRUPTED
+        raise
+    except ConfigError:
+        left.code = USAGE_ERROR
+        raise
+    except SystemExit as ending:
+        left.code = REQUEUE if ending.code == REQUEUE else FAILED
+        raise
+    finally:
+        if _rank() == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{left.code}\n")
 
 
 def _complain(message: str, code: int = USAGE_ERROR) -> int:

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM that lose nothing: noted, and acted on where the state is whole. A second Ctrl-C acts at once."""
+"""Ctrl-C, SIGTERM and SIGUSR1 that lose nothing: noted, and acted on where the state is whole.
+
+SIGTERM and SIGUSR1 are how schedulers announce a preemption. A second Ctrl-C acts at once.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-TERMINATED = 128 + signal.SIGTERM
+from megatron_dapo.exit_codes import REQUEUE
+
+PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1)
 SAME_PRESS = 1.0  # seconds: torchrun passes a Ctrl-C on to ranks that the terminal has sent it to already
 
 
@@ -21,8 +26,8 @@ class Interrupts:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM over while inside. Main thread only."""
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Take SIGINT, SIGTERM and SIGUSR1 over while inside. Main thread only."""
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, *PREEMPTIONS)}
         try:
             yield
         finally:
@@ -30,14 +35,14 @@ class Interrupts:
                 signal.signal(number, handler)
 
     def check(self) -> None:
-        """If a stop was asked for, raise KeyboardInterrupt, or SystemExit(143) for SIGTERM.
+        """If a stop was asked for, raise KeyboardInterrupt, or SystemExit(REQUEUE) for SIGTERM and SIGUSR1.
 
         Call it where nothing is half done.
         """
         if self.requested == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.requested == signal.SIGTERM:
-            raise SystemExit(TERMINATED)
+        if self.requested in PREEMPTIONS:
+            raise SystemExit(REQUEUE)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested is None:

@@ -18,11 +18,13 @@ from megatron_dapo.assembly import (
     load_datasets,
     load_tokenizer,
 )
+from megatron_dapo.checkpoints.errors import DamagedCheckpointError, ForeignCheckpointError
 from megatron_dapo.config.tree import ConfigError, RunConfig
 from megatron_dapo.data.dynamic_sampling import SamplingExhausted
 from megatron_dapo.data.files import PromptDataError
 from megatron_dapo.data.judging import UnknownMetricError
 from megatron_dapo.data.prompts import load_prompts
+from megatron_dapo.data.stream import OtherPromptsError
 from megatron_dapo.mcore.parallel import shutdown
 from megatron_dapo.obs.summary import write_summary
 from megatron_dapo.rewards.failure_rate import RewardFailureRateError
@@ -33,10 +35,15 @@ from megatron_dapo.runtime.placement import PlacementError
 from megatron_dapo.runtime.spmd import SpmdControl
 from megatron_dapo.trainer import TrainingDivergedError
 from megatron_dapo.types import CheckpointError
+from megatron_dapo.workers.policy_group import CheckpointWriteError
 
 # What a user can act on: the message says all, a traceback would say less.
 ENDINGS = (
     CheckpointError,
+    CheckpointWriteError,
+    DamagedCheckpointError,
+    ForeignCheckpointError,
+    OtherPromptsError,
     PlacementError,
     PromptDataError,
     RewardFailureRateError,
@@ -46,7 +53,6 @@ ENDINGS = (
     UnknownMetricError,
     WorkerError,
 )
-
 
 Workers = Callable[[], WorkerGroup]  # builds them, collectively over all ranks
 

@@ -5,12 +5,13 @@ How ranks are scheduled, which engine writes and where metrics go is settled bef
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from megatron_dapo.checkpoints import CheckpointStore
+from megatron_dapo.checkpoints.resume import Found
+from megatron_dapo.checkpoints.saver import Saver, Snapshot
+from megatron_dapo.checkpoints.store import MODEL
 from megatron_dapo.config.tree import OptimConfig, TrainerConfig
 from megatron_dapo.data.dynamic_sampling import DynamicSampler, SamplingExhausted, StepGroups
 from megatron_dapo.evaluation import Evaluator
@@ -75,18 +76,23 @@ class Trainer:
     scorer: GuardedPool
     loggers: Loggers
     sample_log: SampleLog
-    store: CheckpointStore
     timers: Timers
     interrupts: Interrupts
+    make_saver: Callable[[Callable[[], Snapshot]], Saver]
     progress: Progress = Progress()
+    saved: bool = False  # the state as it stands is in a checkpoint, or on its way there
+
+    def __post_init__(self) -> None:
+        self.saver = self.make_saver(self._snapshot)
 
     def fit(self) -> Progress:
         """Train to the end, or until the data or the user ends it.
 
         Raises:
-            KeyboardInterrupt, SystemExit: asked for by Ctrl-C or SIGTERM.
+            KeyboardInterrupt, SystemExit: asked for by Ctrl-C, SIGTERM or SIGUSR1.
             TrainingDivergedError, SamplingExhausted, RewardFailureRateError: see there. The state is saved
                 first, in all these cases.
+            CheckpointWriteError: a checkpoint could not be written, nor at a second try.
         """
         try:
             self.sync.push(self.progress.weight_version)
@@ -95,28 +101,48 @@ class Trainer:
             while self.progress.step < self.total_steps and self._step():
                 self.interrupts.check()
         except (KeyboardInterrupt, SystemExit, TrainingDivergedError, SamplingExhausted, RewardFailureRateError):
-            self.save()
+            self._save_last()
             raise
-        self.save()
+        self._save_last()
         return self.progress
 
-    def save(self) -> Path:
-        """A checkpoint of the run as it stands."""
-        state = {"progress": asdict(self.progress), "sampler": self.sampler.state_dict()}
-        return self.store.save(self.progress.step, state, self.policy.save)
-
-    def restore(self, path: Path) -> None:
-        """Go on from the checkpoint at `path`. Before `fit`."""
-        state = self.store.read_state(path)
-        self.policy.load(str(path / "megatron"))
+    def restore(self, found: Found) -> bool:
+        """Go on from a checkpoint. Before `fit`. False if its random streams were those of another layout: the
+        ranks then draw from fresh ones."""
+        state = found.state
+        self.policy.load(str(found.path / MODEL))
         self.sampler.load_state_dict(state["sampler"])
         self.progress = Progress(**state["progress"])
+        self.saved = True
+        same = found.meta.layout == self.policy.layout
+        if same:
+            self.policy.set_rng_states(state["rng"])
+        return same
+
+    def _snapshot(self) -> Snapshot:
+        state = {
+            "progress": asdict(self.progress),
+            "sampler": self.sampler.state_dict(),
+            "rng": self.policy.rng_states(),
+            "loggers": self.loggers.ids(),
+        }
+        return Snapshot(self.progress.step, state)
+
+    def _save_last(self) -> None:
+        """Leave the state as it stands on the disk, unless it is there."""
+        self.saver.settle(wait=True)
+        if not self.saved:
+            self.saver.save(background=False)
+            self.saved = True
 
     def _step(self) -> bool:
         """One training step; False when there is nothing more to train on."""
+        self.saved = False
         batch, generated = self._rollout()
         if not batch.groups:
             return False
+        with self.timers.phase("publish"):
+            self.saver.poll()
         prepared = prepare_step(batch.groups, self.policy, self.rules, self.timers)
         with self.timers.phase("update"):
             lr = learning_rate(self.optim, self.progress.step, self.total_steps)
@@ -130,9 +156,12 @@ class Trainer:
             metrics |= self._evaluate()
         self.sample_log.write(self.progress.step, prepared.groups)
         self.loggers.log(self.progress.step, metrics | self._costs(prepared, generated))
+        with self.timers.phase("publish"):
+            self.saver.settle()
         if self._due(self.config.save_freq):
             with self.timers.phase("save"):  # after the step's line in metrics.jsonl: a resume cuts what is too much
-                self.save()
+                self.saver.save()
+            self.saved = True
         if self.progress.bad_updates >= self.config.max_bad_updates:
             raise TrainingDivergedError(
                 f"{self.progress.bad_updates} optimizer updates in a row had a loss or gradient that is NaN or "

@@ -365,12 +365,16 @@ class TrainerConfig:
     total_epochs: int = 1
     total_training_steps: int | None = None
     default_local_dir: str = "runs/default"
-    resume_mode: str = "auto"  # auto, disable or the path of a checkpoint
+    resume_mode: str = "auto"  # auto (the newest whole checkpoint), disable or the path of a checkpoint
+    async_save: bool = True  # training goes on while a checkpoint is written; false: it waits
+    save_total_limit: int | None = None  # checkpoints kept, the newest; null: all
+    fallback_local_dir: str | None = None  # a folder on another disk, this run's own, for when the first is full
     max_bad_updates: int = 3  # updates in a row with a NaN or infinite loss or gradient before the run stops
     log_samples: int = 64  # samples written to samples.jsonl a step
 
     def __post_init__(self) -> None:
         at_least(self, 1, "nnodes", "n_gpus_per_node", "total_epochs", "total_training_steps", "max_bad_updates")
+        at_least(self, 1, "save_total_limit")
         at_least(self, 0, "log_samples")
 
 

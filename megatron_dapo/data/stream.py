@@ -14,6 +14,10 @@ from megatron_dapo.data.prompts import EmptyDatasetError, PromptDataset
 from megatron_dapo.types import IntArray, Prompt
 
 
+class OtherPromptsError(ValueError):
+    """A saved position belongs to another dataset, seed or order."""
+
+
 class PromptStream:
     """Hands out prompts one after another, for `epochs` passes over the dataset or, with None, without end."""
 
@@ -70,7 +74,7 @@ class PromptStream:
         """Go on where `state` was taken.
 
         Raises:
-            ValueError: the dataset, seed or shuffling is another one, so the position would mean other prompts.
+            OtherPromptsError: the dataset, seed or shuffling is another one, so the position would mean other prompts.
         """
         own = self.state_dict()
         for name, remedy in [
@@ -80,7 +84,7 @@ class PromptStream:
             ("shuffle", "set data.shuffle back"),
         ]:
             if state[name] != own[name]:
-                raise ValueError(
+                raise OtherPromptsError(
                     f"cannot go on from the saved position {state['position']}: the dataset's {name} was "
                     f"{state[name]}, now it is {own[name]}; {remedy}, or start a new run"
                 )

@@ -7,15 +7,24 @@ which AdamW would advance once a parameter; the other ones leave a `step` of 0 o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_dapo.mcore.save_plan import SavePlanned, plan_save
+from megatron_dapo.mcore.shard_write import PendingWrite, ShardFiles, WriteFailure, Written
 
 _SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -24,14 +33,43 @@ _SHARDING = {
 }
 
 
-def save(chunks: Sequence[GPTModel], optimizer: ChainedOptimizer, path: str | Path) -> None:
-    """Write both into the existing, empty folder `path`. Collective."""
+class Save:
+    """A save under way: `start_save` plans it, `outcome` says how this rank's part went, `finish` ends it.
+
+    No rank waits for another after the planning, and a failed write raises nowhere (see `shard_write.py`).
+    """
+
+    def __init__(self, plan: SavePlanned, files: ShardFiles, background: bool):
+        self._plan, self._write = plan, PendingWrite(files, background)
+
+    def outcome(self, wait: bool) -> Written | WriteFailure | None:
+        """This rank's part; None while it is being written."""
+        return self._write.outcome(wait)
+
+    def abandon(self) -> None:
+        self._write.abandon()
+
+    def finish(self, results: Sequence[Sequence[WriteResult]]) -> WriteFailure | None:
+        """On rank 0, when all parts are there: write which tensor lies where. `results` are those of each rank."""
+        try:
+            self._plan.finish(results)
+        except OSError as error:
+            return WriteFailure(f"{error.strerror or error} ({error.filename or self._plan.path})")
+        return None
+
+
+def start_save(chunks: Sequence[GPTModel], optimizer: ChainedOptimizer, path: str | Path, background: bool) -> Save:
+    """Begin to write both into the existing, empty folder `path`. Collective; writes nothing before it returns
+    but, without `background`, this rank's own files."""
     _make_adam_state(optimizer)
-    dist_checkpointing.save(_sharded_state(chunks, optimizer, loading=False), str(path))
+    sharded, common = save_preprocess(_sharded_state(chunks, optimizer, loading=False))
+    plan = plan_save(sharded, Path(path))
+    files = ShardFiles(plan.buckets, (Path(path) / "common.pt", common) if dist.get_rank() == 0 else None)
+    return Save(plan, files, background)
 
 
 def load(chunks: Sequence[GPTModel], optimizer: ChainedOptimizer, path: str | Path) -> None:
-    """Read what `save` wrote, also on another layout. Collective."""
+    """Read what was saved, also on another layout. Collective."""
     _make_adam_state(optimizer)
     state: dict[str, Any] = dist_checkpointing.load(_sharded_state(chunks, optimizer, loading=True), str(path))  # type: ignore[assignment]
     for index, chunk in enumerate(chunks):
@@ -52,7 +90,57 @@ def _sharded_state(chunks: Sequence[GPTModel], optimizer: ChainedOptimizer, load
     metadata = _SHARDING | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     models = {_model_key(i): chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
     shards = models if len(chunks) > 1 else models[_model_key(0)]
-    return models | {"optimizer": optimizer.sharded_state_dict(shards, is_loading=loading, metadata=metadata)}
+    with _without_copies(optimizer):
+        return models | {"optimizer": optimizer.sharded_state_dict(shards, is_loading=loading, metadata=metadata)}
+
+
+@contextmanager
+def _without_copies(optimizer: ChainedOptimizer) -> Iterator[None]:
+    """Where no data parallelism splits the optimizer's state, hand out the state itself.
+
+    Megatron would gather it over a group of one, in four copies; that was most of a save's pause. It also runs the
+    garbage collector, which here finds all objects there were before exempt: nothing is lost, since it runs by itself.
+    """
+    alone = [p for p in optimizer.chained_optimizers if isinstance(p, DistributedOptimizer) and _is_alone(p)]
+    for part in alone:
+        part.get_parameter_state_dp_zero = partial(_own_state, part)  # type: ignore[method-assign]
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        for part in alone:
+            del part.get_parameter_state_dp_zero
+
+
+def _is_alone(part: DistributedOptimizer) -> bool:
+    return part.data_parallel_group.size() == 1
+
+
+def _own_state(part: DistributedOptimizer, **_: Any) -> dict[Any, Any]:
+    """What `DistributedOptimizer.get_parameter_state_dp_zero` gives, without copying."""
+    state: dict[Any, Any] = {"buckets_coalesced": True}
+    for index, buffer in enumerate(part.buffers):
+        starts = {start: param for param, (start, _, _) in buffer.param_index_map.items()}
+        by_start = {start: part._get_main_param_and_optimizer_states(param) for start, param in starts.items()}
+        (dtype,) = part.gbuf_ranges[index]
+        state[index] = {
+            dtype: {
+                name: _Slices({start: tensors[name].detach().view(-1) for start, tensors in by_start.items()})
+                for name in ("param", "exp_avg", "exp_avg_sq")
+            }
+        }
+    return state
+
+
+class _Slices:
+    """Answers for a flat buffer, of which only the slices of whole parameters are asked for."""
+
+    def __init__(self, by_start: dict[int, torch.Tensor]):
+        self._by_start = by_start
+
+    def __getitem__(self, where: slice) -> torch.Tensor:
+        return self._by_start[where.start]
 
 
 def _model_key(index: int) -> str:

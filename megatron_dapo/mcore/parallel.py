@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
@@ -51,6 +53,9 @@ def initialize(config: MegatronConfig, seed: int, timeout: timedelta = timedelta
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,
     )
+    random.seed(f"{seed} {dist.get_rank()}")
+    np.random.seed([seed, dist.get_rank()])
+    torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return current_layout()
 

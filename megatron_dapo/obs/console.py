@@ -30,6 +30,8 @@ EVALUATED = re.compile(r"(val/.+)/(avg|pass|cons)@(\d+)")
 class ConsoleLogger:
     """Evaluations are printed as lines of their own, which stay above the live display."""
 
+    id = ""
+
     def __init__(self, run: RunInfo) -> None:
         self._console, self._total = run.console, run.total_steps
         self._recent: deque[float] = deque(maxlen=STEPS_AVERAGED)

@@ -18,6 +18,8 @@ from megatron_dapo.obs.run_info import RunInfo
 
 
 class Logger(Protocol):
+    id: str  # under which the run is known to the logger's server; empty where there is none
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """The metrics of one step; steps rise."""
         ...
@@ -27,6 +29,8 @@ class Logger(Protocol):
 
 class JsonlLogger:
     """`metrics.jsonl`: one object a step, keys sorted."""
+
+    id = ""
 
     def __init__(self, run: RunInfo) -> None:
         self._writer = JsonlWriter(run.directory / "metrics.jsonl", run.first_step)
@@ -44,7 +48,8 @@ class TensorBoardLogger:
     def __init__(self, run: RunInfo) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run.directory / "tensorboard"), purge_step=run.first_step)
+        self.id = str(run.directory / "tensorboard")
+        self._writer = SummaryWriter(self.id, purge_step=run.first_step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
@@ -58,8 +63,9 @@ class TensorBoardLogger:
 class WandbLogger:
     """Weights & Biases. Offline with its own `WANDB_MODE=offline`; a resumed run continues the same page.
 
-    The page's id is kept in `wandb_id`. Steps go in as a metric of their own, because wandb drops what is logged
-    for a step that it has already seen, and a resumed run repeats some.
+    The page's id is kept in `wandb_id` and in checkpoints, for a run that goes on in another folder. Steps go in as a
+    metric of their own, because wandb drops what is logged for a step that it has already seen, and a resumed run
+    repeats some.
 
     Raises:
         ConfigError: wandb is not installed.
@@ -75,11 +81,12 @@ class WandbLogger:
             ) from error
         id_file = run.directory / "wandb_id"
         if run.first_step == 0 or not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
+            id_file.write_text(run.logger_ids.get("wandb", secrets.token_hex(4)))
+        self.id = id_file.read_text()
         self._run = wandb.init(
             project=run.project,
             name=run.experiment,
-            id=id_file.read_text(),
+            id=self.id,
             resume="allow",
             dir=str(run.directory),
             config=dict(run.config),
@@ -156,6 +163,10 @@ class Loggers:
                     logger.log(step, metrics)
                 except Exception as error:
                     self._report(name, f"failed at step {step} and is off for the rest of this run", error)
+
+    def ids(self) -> dict[str, str]:
+        """Name -> id of each logger that has one."""
+        return {name: logger.id for name, logger in self._others.items() if logger.id}
 
     def close(self) -> None:
         """Close every logger, those switched off too. A second call does nothing more."""

@@ -67,10 +67,6 @@ METRICS: dict[str, Metric] = {
     "actor/lr": Metric("rate", "learning rate of the step's last update"),
     "actor/updates": Metric("updates", "optimizer updates of the step, skipped ones apart"),
     "actor/skipped_updates": Metric("updates", "updates skipped for a NaN or infinite loss or gradient"),
-    "actor/tis_weight": Metric(
-        "ratio", "old over engine's probability of a token, at most tis_cap; 0 where TIS is off"
-    ),
-    "actor/tis_capped": Metric("share", "tokens at which tis_cap bites"),
     "left_out/truncated_sequences": Metric("responses", "not trained on: truncated, under overlong_filtering"),
     "left_out/masked_sequences": Metric("responses", "not trained on: engine and trainer differ more than mis_* allow"),
     "left_out/nonfinite_tokens": Metric("tokens", "not trained on: a log-prob is NaN or infinite"),
@@ -88,6 +84,8 @@ METRICS: dict[str, Metric] = {
     "memory/gpu_reserved_peak": Metric("GiB", "the most that PyTorch took from the GPU in the step"),
     "seconds/step": Metric("s", "wall time of the step"),
     "seconds/step_cpu": Metric("s", "CPU time of the trainer's process in the step"),
+    "seconds/save": Metric("s", "training stood still for the checkpoint that was begun after the step before"),
+    "seconds/publish": Metric("s", "training stood still to look after a checkpoint that is being written"),
     "seconds/{phase}": Metric("s", "wall time of a phase; one inside another is written outer/inner"),
     "val/{source}/avg@{k}": Metric("share", "right responses, k a problem"),
     "val/{source}/pass@{k}": Metric("share", "problems with a right response among k"),

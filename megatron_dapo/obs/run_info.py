@@ -23,3 +23,4 @@ class RunInfo:
     total_steps: int | None  # None: the end is not known
     config: Mapping[str, Any]  # plain values, as shown on a run's page
     console: Console = field(default_factory=Console)
+    logger_ids: Mapping[str, str] = field(default_factory=dict)  # what `Loggers.ids` gave, of a resumed run

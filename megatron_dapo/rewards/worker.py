@@ -32,7 +32,8 @@ def main(connection_fd: int, lifeline_fd: int, progress_fd: int) -> None:
     Shared memory: one byte, the tasks of the batch that are judged, so that the parent knows the one at fault when
     this process has to be killed with verdicts unsent.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # schedulers send it to every process; only the parent acts on it
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # terminals and schedulers send them to every
+        signal.signal(number, signal.SIG_IGN)  # process; only the parent acts on them
     die_with(lifeline_fd)
     os.set_inheritable(connection_fd, False)  # what a reward function starts must not hold it open
     os.dup2(2, 1)

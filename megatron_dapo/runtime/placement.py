@@ -1,4 +1,4 @@
-"""How many ranks are wanted where, in numbers: what `ray.py` asks the scheduler for, and what it says if it gets nothing.
+"""How many ranks are wanted where, in numbers: what `ray.py` asks the scheduler for, and what it says without room.
 
 Nothing here imports Ray.
 """
@@ -64,9 +64,11 @@ def no_room(wanted: Placement, nodes: Sequence[Resources], free: Resources, seco
     """
     there = "; ".join(f"node {number}: {_words(node)}" for number, node in enumerate(nodes)) or "no node"
     return (
-        f"no room for {wanted.size} ranks within {seconds:g} s. Wanted: {wanted.nodes} x ({_words(wanted.bundles()[0])}), "
-        f"each on one node. The cluster has {there}. Free now: {_words(free)}. Wait for other runs to end, add nodes, "
-        "or lower trainer.nnodes and trainer.n_gpus_per_node; runtime.placement_timeout says how long to wait"
+        f"no room for {wanted.size} ranks within {seconds:g} s. "
+        f"Wanted: {wanted.nodes} x ({_words(wanted.bundles()[0])}), each on one node. "
+        f"The cluster has {there}. Free now: {_words(free)}. "
+        "Wait for other runs to end, add nodes, or lower trainer.nnodes and trainer.n_gpus_per_node; "
+        "runtime.placement_timeout says how long to wait"
     )
 
 

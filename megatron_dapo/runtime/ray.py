@@ -27,7 +27,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from torch.distributed import TCPStore
+from torch.distributed.distributed_c10d import TCPStore
 
 from megatron_dapo.runtime.group import WorkerError
 from megatron_dapo.runtime.host import WorkerHost, phase_of, streams
@@ -91,14 +91,11 @@ class RayGroup:
         self.size = placement.size
         self._placement, self._place, self._timeout = placement, place, timeout
         self._busy: str | None = None
-        resources = {"num_cpus": 1, "num_gpus": 1 if placement.device == "GPU" else 0}
-        self._ranks = [
-            ray.remote(_Rank)
-            .options(
-                scheduling_strategy=PlacementGroupSchedulingStrategy(place, rank // placement.ranks_per_node),
-                **resources,
-            )
-            .remote(rank)
+        actor_class: Any = ray.remote(num_cpus=1, num_gpus=1 if placement.device == "GPU" else 0)(_Rank)
+        self._ranks: list[Any] = [
+            actor_class.options(
+                scheduling_strategy=PlacementGroupSchedulingStrategy(place, rank // placement.ranks_per_node)
+            ).remote(rank)
             for rank in range(self.size)
         ]
 
@@ -198,7 +195,7 @@ class _Arrivals:
                 ranks = ", ".join(f"rank {rank}" for rank in self._open.values())
                 why = f"no answer for {self._timeout:g} s from {ranks}"
                 raise WorkerError(min(self._open.values()), self._phase, why)
-            yield from self._next(ready[0])
+            yield from self._next(_generator(ready[0]))
 
     def _next(self, call: Any) -> Iterator[tuple[int, Any]]:
         """The next value of a call that has one, or nothing if it is through."""
@@ -213,12 +210,12 @@ class _Arrivals:
         yield rank, item
 
     def _first_cause(self, rank: int, error: RayError) -> WorkerError:
-        """A rank that dies breaks the collectives of its peers, whose errors may be here before the news of its death."""
+        """A rank that dies breaks the collectives of its peers, and their errors may be here before the news of it."""
         deadline = time.monotonic() + ECHO_SECONDS
         others = {call: other for call, other in self._open.items() if other != rank}
         while others and _may_be_an_echo(error) and time.monotonic() < deadline:
             ready, _ = ray.wait(list(others), timeout=max(0.0, deadline - time.monotonic()))
-            for call in ready:
+            for call in map(_generator, ready):
                 try:
                     ray.get(next(call))
                 except StopIteration:
@@ -269,6 +266,11 @@ def _place(placement: Placement, seconds: float) -> PlacementGroup:
     message = no_room(placement, nodes, ray.available_resources(), seconds)
     remove_placement_group(place)
     raise PlacementError(message)
+
+
+def _generator(ready: Any) -> Any:
+    """Ray waits for generators too, which its type hints do not say."""
+    return ready
 
 
 def _may_be_an_echo(error: RayError) -> bool:

@@ -12,8 +12,8 @@ A process that torchrun did not start is a group of one: nothing is connected, s
 
 When a rank fails, in the call, in `serve` or before, the driver raises a `WorkerError` that names it; also where
 the driver itself was in a collective that the failure broke. However the driver leaves the block, the others leave too.
-Signals are the driver's: Ctrl-C and SIGTERM do nothing on the other ranks, and on the driver SIGTERM becomes
-`SystemExit(143)`, so that it can still save, or say which rank's death made torchrun send it.
+Signals are the driver's: Ctrl-C, SIGTERM and SIGUSR1 do nothing on the other ranks, and on the driver SIGTERM and
+SIGUSR1 become `SystemExit(REQUEUE)`, so that it can still save, or say which rank's death made torchrun send it.
 
 What is left out: the model's own process groups (`mcore.parallel`); recovery: a group with a failed rank is done for.
 """
@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
+from megatron_dapo.exit_codes import REQUEUE
 from megatron_dapo.runtime.group import WorkerError
 from megatron_dapo.runtime.host import WorkerHost, phase_of, streams
 from megatron_dapo.runtime.hub import Hub
@@ -34,7 +35,7 @@ from megatron_dapo.runtime.link import Kind, connect
 from megatron_dapo.runtime.serving import Server
 
 CONNECT_SECONDS = 600.0
-TERMINATED = 128 + signal.SIGTERM
+_PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class SpmdControl:
@@ -59,10 +60,11 @@ class SpmdControl:
             return cls(rank, size, Hub([], timeout), None)
         if rank == 0:
             control = cls(rank, size, Hub(connect(rank, size, CONNECT_SECONDS), timeout), None)
-            signal.signal(signal.SIGTERM, _terminate)
+            for number in _PREEMPTIONS:
+                signal.signal(number, _terminate)
         else:
             control = cls(rank, size, None, Server(rank, *connect(rank, size, CONNECT_SECONDS)))
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, *_PREEMPTIONS):
                 signal.signal(number, _leave_to_the_driver)
         return control
 
@@ -94,7 +96,8 @@ class SpmdControl:
             self._leave(self._hub, error)
 
     def _leave(self, hub: Hub, error: BaseException | None) -> None:
-        signal.signal(signal.SIGTERM, _leave_to_the_driver)  # it is on its way out already
+        for number in _PREEMPTIONS:
+            signal.signal(number, _leave_to_the_driver)  # it is on its way out already
         try:
             if error is None:
                 hub.check()
@@ -103,7 +106,8 @@ class SpmdControl:
         finally:
             hub.stop()
         if error is None:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for number in _PREEMPTIONS:
+                signal.signal(number, signal.SIG_DFL)
 
 
 class SpmdGroup:
@@ -203,12 +207,12 @@ class SpmdHandle:
 def _may_be_an_echo(error: BaseException) -> bool:
     """Whether another rank's failure may have caused it: a broken collective, or torchrun ending all ranks."""
     if isinstance(error, SystemExit):
-        return error.code == TERMINATED
+        return error.code == REQUEUE
     return isinstance(error, RuntimeError) and not isinstance(error, WorkerError)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(TERMINATED)
+    raise SystemExit(REQUEUE)
 
 
 def _leave_to_the_driver(number: int, frame: FrameType | None) -> None:

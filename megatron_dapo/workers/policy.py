@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.storage import WriteResult
 from transformers import AutoConfig
 
 from megatron_dapo.config.tree import MegatronConfig, OptimConfig
@@ -27,8 +28,10 @@ from megatron_dapo.mcore.optimizer import (
     zero_gradients,
 )
 from megatron_dapo.mcore.parallel import RankLayout, initialize
+from megatron_dapo.mcore.rng import rng_state, set_rng_state
 from megatron_dapo.mcore.safe_load import refuse_foreign_pickles
 from megatron_dapo.mcore.schedule import Model, TokenStats, forward_backward, log_probs
+from megatron_dapo.mcore.shard_write import WriteFailure, Written
 from megatron_dapo.mcore.weights import export_hf, load_hf
 from megatron_dapo.types import MicroBatch, SequenceBatch
 
@@ -70,6 +73,14 @@ class UpdateStats:
     tokens: tuple[TokenStats, ...] = ()
 
 
+@dataclass(frozen=True)
+class SaveOrder:
+    """Where to, an existing and empty folder; and whether the caller goes on while it is written."""
+
+    path: str
+    background: bool
+
+
 class PolicyWorker:
     """Megatron's model, optimizer and schedule on one rank."""
 
@@ -82,6 +93,7 @@ class PolicyWorker:
         self.modules = wrap_for_training(self.chunks, settings.megatron)
         self.optimizer = build_optimizer(self.modules, settings.optim, settings.megatron, settings.grad_clip)
         self.model = Model(self.modules, settings.objective, settings.packed, self.chunks[0].config)
+        self._save: checkpoint.Save | None = None
         self._reference = _copy_of(self.chunks) if settings.with_reference else []
 
     def rank_layout(self, _: None) -> RankLayout:
@@ -115,14 +127,35 @@ class PolicyWorker:
         """Every weight under its Hugging Face name; collective over tensor and pipeline parallelism."""
         return export_hf(self.chunks, self.shape)
 
-    def save(self, path: str) -> None:
-        """Model and optimizer into the existing folder `path`."""
-        checkpoint.save(self.chunks, self.optimizer, path)
+    def start_save(self, order: SaveOrder) -> None:
+        """Begin to write model and optimizer."""
+        self._save = checkpoint.start_save(self.chunks, self.optimizer, order.path, order.background)
+
+    def save_outcome(self, wait: bool) -> Written | WriteFailure | None:
+        """This rank's part of the save; None while it is being written."""
+        return None if self._save is None else self._save.outcome(wait)
+
+    def finish_save(self, results: Sequence[Sequence[WriteResult]] | None) -> WriteFailure | None:
+        """The end of a save: on rank 0 with the results of all ranks, else with None. Without results on rank 0 the
+        save is given up."""
+        save, self._save = self._save, None
+        if save is None:
+            return None
+        if results is None:
+            save.abandon()
+            return None
+        return save.finish(results)
 
     def load(self, path: str) -> None:
-        """What `save` wrote, on any layout."""
+        """What was saved, on any layout."""
         check_model(Path(path), refuse_foreign_pickles(path), self.shape)
         checkpoint.load(self.chunks, self.optimizer, path)
+
+    def rng_state(self, _: None) -> dict[str, Any]:
+        return rng_state()
+
+    def set_rng_state(self, state: dict[str, Any]) -> None:
+        set_rng_state(state)
 
     def save_hf(self, path: str) -> None:
         """The present weights as a Hugging Face checkpoint, written by rank 0."""

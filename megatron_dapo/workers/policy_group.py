@@ -8,17 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_dapo.data.minibatch import Update
 from megatron_dapo.data.packing import Plan, plan_micro_batches
+from megatron_dapo.digests import FileDigest, digest_files
 from megatron_dapo.mcore.parallel import RankLayout
 from megatron_dapo.mcore.schedule import TokenStats
+from megatron_dapo.mcore.shard_write import WriteFailure, Written
 from megatron_dapo.runtime.group import WorkerGroup
+from megatron_dapo.runtime.host import WorkerHost
 from megatron_dapo.types import FloatArray, IntArray, SequenceBatch
-from megatron_dapo.workers.policy import PolicyWorker, UpdateShard, UpdateStats
+from megatron_dapo.workers.policy import PolicyWorker, SaveOrder, UpdateShard, UpdateStats
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,10 @@ class UpdateResult:
     lr: float
     sums: dict[str, float]
     logp: FloatArray | None = None  # [N] of the mini-batch's tokens under the weights before it, where asked for
+
+
+class CheckpointWriteError(RuntimeError):
+    """A checkpoint could not be written; the message says why, and what became of the state."""
 
 
 class PolicyGroup:
@@ -89,13 +97,55 @@ class PolicyGroup:
                 yield _merged(replicas, updates[0] if report_first else None)
                 report_first = False
 
-    def save(self, path: str) -> None:
-        """Write model and optimizer into the folder `path`."""
-        self._group.call_all(PolicyWorker.save, path)
+    @property
+    def layout(self) -> dict[str, int]:
+        """How the model is spread: the sizes of each kind of parallelism, and of the world."""
+        first = self._layouts[0]
+        sizes = {"tp_size": first.tp_size, "pp_size": first.pp_size, "cp_size": first.cp_size, "dp_size": first.dp_size}
+        return {"world_size": len(self._layouts), **sizes}
+
+    def start_save(self, path: str, background: bool) -> None:
+        """Begin to write model and optimizer into the existing, empty folder `path`."""
+        self._group.call_all(PolicyWorker.start_save, SaveOrder(path, background))
+
+    def finish_save(self, wait: bool) -> dict[str, FileDigest] | None:
+        """The end of what `start_save` began: the checksums of the files that the ranks wrote, by name. None while
+        a rank is still writing.
+
+        Raises:
+            CheckpointWriteError: a rank could not write its part. The save is given up on all of them.
+        """
+        found: list[Written | WriteFailure | None] = self._group.call_all(PolicyWorker.save_outcome, wait)
+        failures = {rank: part for rank, part in enumerate(found) if isinstance(part, WriteFailure)}
+        if failures:
+            self._group.call_all(PolicyWorker.finish_save)
+        elif any(part is None for part in found):
+            return None
+        else:
+            parts = [part for part in found if isinstance(part, Written)]
+            shards = [[part.results for part in parts], *([None] * (self._group.size - 1))]
+            ends = self._group.call(PolicyWorker.finish_save, shards)
+            failures = {rank: end for rank, end in enumerate(ends) if end is not None}
+            if not failures:
+                return {name: digest for part in parts for name, digest in part.digests.items()}
+        raise CheckpointWriteError("; ".join(f"rank {rank}: {failure.reason}" for rank, failure in failures.items()))
 
     def load(self, path: str) -> None:
-        """Read what `save` wrote, on any layout."""
+        """Read what was saved, on any layout."""
         self._group.call_all(PolicyWorker.load, path)
+
+    def rng_states(self) -> list[dict[str, Any]]:
+        """[rank] the state of all its random streams."""
+        return self._group.call_all(PolicyWorker.rng_state)
+
+    def set_rng_states(self, states: Sequence[dict[str, Any]]) -> None:
+        """[rank] what `rng_states` gave on the same layout."""
+        self._group.call(PolicyWorker.set_rng_state, states)
+
+    def digest_files(self, root: str, names: Sequence[str]) -> dict[str, FileDigest | None]:
+        """The checksums of files below `root`, read by all ranks, each its share; None for one that is missing."""
+        shares = [(root, tuple(names[rank :: self._group.size])) for rank in range(self._group.size)]
+        return {name: digest for share in self._group.call(_digest_share, shares) for name, digest in share.items()}
 
     def save_hf(self, path: str) -> None:
         """Write the present weights as a Hugging Face checkpoint with config and tokenizer."""
@@ -112,6 +162,11 @@ class PolicyGroup:
         replicas = [(layout.dp_rank, stats) for layout, stats in zip(self._layouts, found, strict=True)]
         reports = [layout.reports for layout in self._layouts]
         return _in_order(compress(replicas, reports), plan, sequences.cu_responses)
+
+
+def _digest_share(host: WorkerHost, share: tuple[str, tuple[str, ...]]) -> dict[str, FileDigest | None]:
+    root, names = share
+    return digest_files(Path(root), names)
 
 
 def _plan(lengths: IntArray, dp_size: int, limits: MicroBatchLimits) -> Plan:

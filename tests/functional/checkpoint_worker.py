@@ -22,7 +22,7 @@ from megatron_dapo.config.tree import MegatronConfig, OptimConfig
 from megatron_dapo.mcore.fused_loss import Objective
 from megatron_dapo.mcore.weights import load_hf, local_parameters
 from megatron_dapo.types import MicroBatch
-from megatron_dapo.workers.policy import PolicySettings, PolicyWorker, UpdateShard, UpdateStats
+from megatron_dapo.workers.policy import PolicySettings, PolicyWorker, SaveOrder, UpdateShard, UpdateStats
 from tests.functional.tiny_models import make_rollouts, token_terms
 
 from megatron.core import parallel_state  # isort: skip  (megatron_dapo.mcore makes it importable without CUDA)
@@ -49,13 +49,22 @@ def run(job: dict[str, Any]) -> None:
         if dist.get_rank() == 0:
             os.makedirs(job["save"])
         dist.barrier()
-        worker.save(job["save"])
+        save(worker, job["save"])
     before = dict(worker.export())
     (stats,) = whole_group(update(worker, 100))
     after = dict(worker.export())
     if dist.get_rank() == 0:
         torch.save({"before": before, "after": after, "norm": stats.grad_norm}, job["out"])
     parallel_state.destroy_model_parallel()
+
+
+def save(worker: PolicyWorker, path: str) -> None:
+    """What the driver of a run does over its control plane."""
+    worker.start_save(SaveOrder(path, background=True))
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, worker.save_outcome(wait=True))
+    assert worker.finish_save([part.results for part in parts] if dist.get_rank() == 0 else None) is None
+    dist.barrier()
 
 
 def settings_of(job: dict[str, Any]) -> PolicySettings:

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from megatron_dapo.exit_codes import REQUEUE
+
 SCRIPT = Path(__file__).with_name("spmd_cases.py")
 ROOT = SCRIPT.parents[2]
 UNDER_TORCHRUN = ("raise", "kill")  # here the launcher itself has a part: it ends all ranks when one exits badly
@@ -185,8 +187,8 @@ def test_an_error_of_the_drivers_own_stays_itself_and_ends_ranks_that_hang(folde
 def test_signals_are_the_drivers(folder: Path):
     assert _found(folder, "signals_come") == {"error": "KeyboardInterrupt: "}
     assert _statuses(folder, "signals_come") == ["1", "0", "0"]
-    assert _found(folder, "terminated") == {"error": "SystemExit: 143"}
-    assert _statuses(folder, "terminated") == ["143", "0", "0"]
+    assert _found(folder, "terminated") == {"error": f"SystemExit: {REQUEUE}"}
+    assert _statuses(folder, "terminated") == [str(REQUEUE), "0", "0"]
 
 
 def test_a_killed_driver_leaves_nobody_behind(folder: Path):

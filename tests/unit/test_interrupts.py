@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from megatron_dapo.exit_codes import REQUEUE
 from megatron_dapo.interrupts import Interrupts
 
 
@@ -55,14 +56,15 @@ def test_the_handler_that_was_there_is_put_back_also_after_an_error():
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def test_sigterm_is_noted_and_ends_with_its_own_exit_code():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_schedulers_signal_is_noted_and_ends_with_the_code_to_requeue_on(number: signal.Signals):
     interrupts = Interrupts()
     with interrupts.watched():
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(number)
+        signal.raise_signal(number)
         with pytest.raises(SystemExit) as ending:
             interrupts.check()
-    assert ending.value.code == 143
+    assert ending.value.code == REQUEUE == 75
 
 
 def test_a_sigterm_behind_ctrl_c_changes_nothing():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 from megatron_dapo.config.tree import MegatronConfig, OptimConfig
+from megatron_dapo.digests import digest_file
 from megatron_dapo.mcore import checkpoint
 from megatron_dapo.mcore.optimizer import apply_update, zero_gradients
 from megatron_dapo.mcore.parallel import RankLayout
+from megatron_dapo.mcore.shard_write import Written
 from tests.unit.mcore.helpers import Training, start_training
 
 OPTIM = OptimConfig(lr=0.01, weight_decay_all=False)  # two groups of parameters
@@ -38,6 +41,19 @@ def update(training: Training, number: int) -> None:
     assert apply_update(training.optimizer, lr=0.01 / (1 + number), loss=0.0).applied
 
 
+def save(training: Training, path: Path, meanwhile: Callable[[], None] | None = None) -> None:
+    """At once, or in the background of `meanwhile`."""
+    saving = checkpoint.start_save(training.chunks, training.optimizer, path, background=meanwhile is not None)
+    if meanwhile is not None:
+        meanwhile()
+    written = saving.outcome(wait=True)
+    assert isinstance(written, Written), written
+    assert saving.finish([written.results]) is None
+    named = set(written.digests) | {".metadata", "metadata.json"}
+    assert {file.name for file in path.iterdir()} == named
+    assert {name: digest_file(path / name) for name in written.digests} == dict(written.digests)
+
+
 def assert_same(found: Training, wanted: Training) -> None:
     weights = wanted.weights()
     assert [name for name, weight in found.weights().items() if not torch.equal(weight, weights[name])] == []
@@ -51,7 +67,7 @@ def test_the_updates_after_a_load_equal_those_of_a_run_that_went_on(
     going_on = start()
     for number in range(updates):
         update(going_on, number)
-    checkpoint.save(going_on.chunks, going_on.optimizer, tmp_path)
+    save(going_on, tmp_path)
 
     resumed = start()
     checkpoint.load(resumed.chunks, resumed.optimizer, tmp_path)
@@ -65,7 +81,7 @@ def test_the_updates_after_a_load_equal_those_of_a_run_that_went_on(
 def test_a_load_replaces_what_was_trained_before(start: Callable[[], Training], tmp_path: Path):
     training = start()
     update(training, 0)
-    checkpoint.save(training.chunks, training.optimizer, tmp_path)
+    save(training, tmp_path)
     weights, moments = training.weights(), training.moments()
     update(training, 1)
     checkpoint.load(training.chunks, training.optimizer, tmp_path)
@@ -76,7 +92,7 @@ def test_a_load_replaces_what_was_trained_before(start: Callable[[], Training], 
 def test_every_parameter_counts_its_own_steps(start: Callable[[], Training], tmp_path: Path):
     training = start()
     update(training, 0)
-    checkpoint.save(training.chunks, training.optimizer, tmp_path)
+    save(training, tmp_path)
     checkpoint.load(training.chunks, training.optimizer, tmp_path)
     (part,) = training.optimizer.chained_optimizers
     steps = [state["step"] for state in part.optimizer.state.values()]
@@ -88,7 +104,25 @@ def test_saving_changes_nothing(start: Callable[[], Training], tmp_path: Path):
     saving, other = start(), start()
     for number in range(2):
         (tmp_path / str(number)).mkdir()
-        checkpoint.save(saving.chunks, saving.optimizer, tmp_path / str(number))
+        save(saving, tmp_path / str(number))
         update(saving, number)
         update(other, number)
     assert_same(saving, other)
+
+
+def test_what_is_trained_while_a_save_is_written_is_not_in_it(start: Callable[[], Training], tmp_path: Path):
+    training = start()
+    update(training, 0)
+    weights, moments = training.weights(), training.moments()
+    save(training, tmp_path, meanwhile=lambda: [update(training, number) for number in (1, 2)] and None)
+    assert not torch.equal(training.moments()[0], moments[0])
+    resumed = start()
+    checkpoint.load(resumed.chunks, resumed.optimizer, tmp_path)
+    assert all(torch.equal(weights[name], weight) for name, weight in resumed.weights().items())
+    assert all(torch.equal(*pair) for pair in zip(moments, resumed.moments(), strict=True))
+
+
+def test_a_save_leaves_no_process_behind(start: Callable[[], Training], tmp_path: Path):
+    training = start()
+    save(training, tmp_path, meanwhile=lambda: None)
+    assert multiprocessing.active_children() == []

@@ -12,7 +12,7 @@ import transformers
 
 from megatron_dapo.config.tree import MegatronConfig, OptimConfig
 from megatron_dapo.types import CheckpointError
-from megatron_dapo.workers.policy import PolicyWorker, UpdateShard, UpdateStats
+from megatron_dapo.workers.policy import PolicyWorker, SaveOrder, UpdateShard, UpdateStats
 from tests.functional import oracle
 from tests.functional.tiny_models import make_rollouts, save_tiny_model
 from tests.unit.mcore.helpers import save_model
@@ -92,7 +92,10 @@ def test_training_goes_on_from_a_saved_state(model: Path, tmp_path: Path):
     settings = settings_of(model)
     with policy_worker(settings) as worker:
         update(worker, lr=0.05)
-        worker.save(str(tmp_path))
+        worker.start_save(SaveOrder(str(tmp_path), background=True))
+        written = worker.save_outcome(wait=True)
+        assert worker.finish_save([written.results]) is None
+        assert worker.save_outcome(wait=True) is None, "no save is under way"
         wanted, after = update(worker, lr=0.05), weights(worker)
     with policy_worker(settings) as worker:
         worker.load(str(tmp_path))

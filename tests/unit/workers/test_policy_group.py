@@ -222,7 +222,9 @@ def test_state_and_weights_are_written_through_the_group(
     policy = alone(MicroBatchLimits(60, None))
     before = policy.log_probs(SEQUENCES)
     (tmp_path / "state").mkdir()
-    policy.save(str(tmp_path / "state"))
+    policy.start_save(str(tmp_path / "state"), background=True)
+    digests = policy.finish_save(wait=True)
+    assert digests == policy.digest_files(str(tmp_path / "state"), sorted(digests))
     policy.save_hf(str(tmp_path / "hf"))
     assert np.abs(oracle.all_logp(tmp_path / "hf", SEQUENCES) - before).max() < 1e-5
     batch = training_batch(SEQUENCES, before)

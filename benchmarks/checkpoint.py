@@ -1,0 +1,216 @@
+"""Saving and loading a training state against raw writes and reads of the same number of bytes, in the same run.
+
+    OMP_NUM_THREADS=1 python benchmarks/checkpoint.py --json checkpoint.json
+
+A Qwen2 model with random weights, its AdamW state, one process. All rounds take turns, so that what else the machine
+does falls on all alike; medians are compared. Raw writes are what `dd bs=4M conv=fsync` does; saves bring their files
+to the disk too. Before each read, raw or not, the files are dropped from the page cache (`posix_fadvise`), so that
+both come from the disk; a second pair of rows has them in memory. A load is all that a resume reads: every byte against
+its checksum, then Megatron's load into model and optimizer. The pause of a background save is the time until training
+goes on; the write then takes its own time.
+
+What is left out: several ranks, network file systems, GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from megatron_dapo.config.tree import MegatronConfig, OptimConfig
+from megatron_dapo.digests import digest_files
+from megatron_dapo.mcore import checkpoint
+from megatron_dapo.mcore.families import shape_of
+from megatron_dapo.mcore.model import build_model
+from megatron_dapo.mcore.optimizer import apply_update, build_optimizer, wrap_for_training, zero_gradients
+from megatron_dapo.mcore.parallel import initialize, shutdown
+from megatron_dapo.mcore.shard_write import Written
+from megatron_dapo.mcore.weights import load_hf
+
+BLOCK = 4 << 20  # bytes
+LOAD_GOAL, PAUSE_GOAL = 0.7, 0.1
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one kind of round."""
+
+    name: str
+    median_seconds: float
+    lowest_seconds: float
+    gigabytes_per_second: float  # of the median; 10^9 bytes
+
+
+@dataclass(frozen=True)
+class State:
+    """A model and its optimizer, and updates of made-up gradients for it."""
+
+    chunks: list
+    modules: list
+    optimizer: checkpoint.ChainedOptimizer
+
+    def update(self) -> None:
+        zero_gradients(self.modules, self.optimizer)
+        for chunk in self.chunks:
+            for param in chunk.parameters():
+                param.main_grad.normal_()
+        apply_update(self.optimizer, 1e-4, 0.0)
+
+
+def make_state(folder: Path, hidden: int, layers: int) -> State:
+    sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64}
+    config = transformers.Qwen2Config(**sizes, **heads, vocab_size=4096, tie_word_embeddings=False)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    megatron = MegatronConfig()
+    initialize(megatron, seed=1)
+    shape = shape_of(config)
+    chunks = build_model(shape, megatron)
+    load_hf(chunks, shape, folder)
+    modules = wrap_for_training(chunks, megatron)
+    state = State(chunks, modules, build_optimizer(modules, OptimConfig(), megatron, grad_clip=1.0))
+    state.update()
+    return state
+
+
+def save(state: State, folder: Path, background: bool) -> tuple[float, float]:
+    """Seconds until the caller goes on, and until the checkpoint is written."""
+    folder.mkdir()
+    begun = time.perf_counter()
+    saving = checkpoint.start_save(state.chunks, state.optimizer, folder, background)
+    pause = time.perf_counter() - begun
+    written = saving.outcome(wait=True)
+    assert isinstance(written, Written), written
+    assert saving.finish([written.results]) is None
+    return pause, time.perf_counter() - begun
+
+
+def load(state: State, folder: Path) -> None:
+    digest_files(folder, [path.name for path in folder.iterdir()])
+    checkpoint.load(state.chunks, state.optimizer, folder)
+
+
+def write_raw(path: Path, size: int, block: bytes) -> None:
+    with path.open("wb", buffering=0) as file:
+        for start in range(0, size, BLOCK):
+            file.write(block[: min(BLOCK, size - start)])
+        os.fsync(file.fileno())
+
+
+def read_raw(path: Path) -> None:
+    block = bytearray(BLOCK)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(block):
+            pass
+
+
+def forget(paths: Iterable[Path]) -> None:
+    """Drop the files from the page cache."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+
+
+def seconds(action: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    action()
+    return time.perf_counter() - begun
+
+
+def one_round(state: State, root: Path, size: int, block: bytes) -> dict[str, float]:
+    """All kinds once; `size` bytes are written raw."""
+    raw, folder, apart = root / "raw", root / "waited", root / "background"
+    took = {"raw write": seconds(lambda: write_raw(raw, size, block))}
+    _, took["save, waited for"] = save(state, folder, background=False)
+    took["pause of a background save"], took["background save, to its end"] = save(state, apart, background=True)
+    for where in ("disk", "memory"):
+        for name, files, action in (
+            ("raw read", [raw], lambda: read_raw(raw)),
+            ("load", list(folder.iterdir()), lambda: load(state, folder)),
+        ):
+            if where == "disk":
+                forget(files)
+            took[f"{name}, from {where}"] = seconds(action)
+    for path in (folder, apart):
+        shutil.rmtree(path)
+    return took
+
+
+def measure(hidden: int, layers: int, rounds: int, root: Path) -> tuple[list[Measured], int]:
+    with tempfile.TemporaryDirectory(dir=root) as folder:
+        state = make_state(Path(folder, "model"), hidden, layers)
+        save(state, Path(folder, "first"), background=False)
+        size = sum(path.stat().st_size for path in Path(folder, "first").iterdir())
+        shutil.rmtree(Path(folder, "first"))
+        block = os.urandom(BLOCK)
+        found = [one_round(state, Path(folder), size, block) for _ in range(rounds)]
+        shutdown()
+    measured = []
+    for name in found[0]:
+        took = [round_[name] for round_ in found]
+        median = statistics.median(took)
+        measured.append(Measured(name, median, min(took), size / median / 1e9))
+    return measured, size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--directory", type=Path, default=Path("."), help="on the disk to be measured")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    measured, size = measure(arguments.hidden, arguments.layers, arguments.rounds, arguments.directory)
+    by_name = {row.name: row.median_seconds for row in measured}
+    ratios = {
+        "load / raw read, from disk": by_name["raw read, from disk"] / by_name["load, from disk"],
+        "load / raw read, from memory": by_name["raw read, from memory"] / by_name["load, from memory"],
+        "load from disk / raw write": by_name["raw write"] / by_name["load, from disk"],
+        "save / raw write": by_name["raw write"] / by_name["save, waited for"],
+        "pause / save that is waited for": by_name["pause of a background save"] / by_name["save, waited for"],
+    }
+    show(measured, size, ratios)
+    if arguments.json:
+        record = {"bytes": size, "measured": [asdict(row) for row in measured], "bandwidth_ratios": ratios}
+        with suppress(FileExistsError):
+            arguments.json.parent.mkdir(parents=True)
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def show(measured: list[Measured], size: int, ratios: dict[str, float]) -> None:
+    console, table = Console(), Table(title=f"{size / 1e9:.2f} GB of model and optimizer")
+    for heading in ("", "seconds (median)", "lowest", "GB/s"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for row in measured:
+        table.add_row(
+            row.name, f"{row.median_seconds:.3f}", f"{row.lowest_seconds:.3f}", f"{row.gigabytes_per_second:.2f}"
+        )
+    console.print(table)
+    goals = {
+        "load / raw read, from disk": f"at least {LOAD_GOAL}",
+        "pause / save that is waited for": f"at most {PAUSE_GOAL}",
+    }
+    for name, ratio in ratios.items():
+        console.print(f"{name:<34} {ratio:.3f}  {goals.get(name, '')}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
