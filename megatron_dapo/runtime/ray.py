@@ -27,7 +27,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from torch.distributed.distributed_c10d import TCPStore
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from megatron_dapo.runtime.group import WorkerError
 from megatron_dapo.runtime.host import WorkerHost, phase_of, streams
@@ -79,9 +79,13 @@ class RayRuntime:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+        ray.shutdown()
+
+    def close(self) -> None:
+        """End the groups, and not the connection."""
         for group in self._groups:
             group.close()
-        ray.shutdown()
 
 
 class RayGroup:
