@@ -232,7 +232,7 @@ class _Arrivals:
 
     def _named(self, rank: int, error: RayError) -> WorkerError:
         if isinstance(error, RayTaskError):
-            return WorkerError(rank, self._phase, error.traceback_str)
+            return WorkerError(rank, self._phase, str(error))
         return WorkerError(rank, self._phase, f"rank {rank} died without a report. Ray says: {error}")
 
 
