@@ -32,7 +32,7 @@ from rich.table import Table
 
 from megatron_dapo.data.minibatch import LossWeighting, MiniBatch, Update, build_update, mini_batches
 from megatron_dapo.data.packing import plan_micro_batches
-from megatron_dapo.types import Completion, Group, Prompt, RewardResult, Sample, SequenceBatch
+from megatron_dapo.types import Completion, Group, Prompt, RewardResult, Sample
 from megatron_dapo.workers.policy import UpdateShard
 
 PROMPT, LONGEST, N = 256, 20480, 16
