@@ -244,7 +244,7 @@ def test_a_trainer_rank_that_is_killed_ends_the_run_by_name_and_the_next_start_g
 
 
 def _actors() -> list[psutil.Process]:
-    return [each for each in psutil.process_iter() if each.name().startswith("ray::rank")]
+    return [each for each in psutil.process_iter() if each.name().startswith("ray::_Rank")]
 
 
 def _wait_for(process: subprocess.Popen[str], text: str) -> None:
