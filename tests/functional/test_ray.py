@@ -204,6 +204,7 @@ def test_two_runs_side_by_side_are_those_under_torchrun_to_the_last_bit(
         assert samples[0].read_text() == samples[1].read_text()
 
 
+@pytest.mark.slow
 def test_a_killed_driver_is_started_again_and_goes_on_to_the_same_last_bit(
     cluster: str, config: Path, torchrun: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -216,7 +217,9 @@ def test_a_killed_driver_is_started_again_and_goes_on_to_the_same_last_bit(
     assert metrics(tmp_path) == metrics(torchrun["DP2"])
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_the_driver_saves_the_state(
     cluster: str, config: Path, tmp_path: Path, number: int, code: int
 ) -> None:
@@ -228,6 +231,7 @@ def test_a_signal_to_the_driver_saves_the_state(
     assert (tmp_path / "checkpoints" / "latest").read_text().strip() == f"step_{steps[-1]:08d}"
 
 
+@pytest.mark.slow
 def test_a_trainer_rank_that_is_killed_ends_the_run_by_name_and_the_next_start_goes_on(
     cluster: str, config: Path, torchrun: dict[str, Path], tmp_path: Path
 ) -> None:
