@@ -51,6 +51,7 @@ EXTRAS = {
         "multiprocess",  # forks runs for tests from a clean process
         "pre-commit",
         "mbridge[megatron]",  # the oracle of the weight-conversion tests
+        "ray>=2.40",
         "trl",  # what benchmarks/step_vs_trl.py measures against
     ],
 }

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f"one configuration file is wanted, {len(files)} are named: {', '.join(files)}")
     try:
         loaded = load_config(files[0] if files else None, [word for word in words if "=" in word])
+        loaded = replace(loaded, config=_at_ray_address(loaded.config))
         console = Console()
         for notice in loaded.notices if _rank() == 0 else ():
             console.print(str(notice), markup=False, highlight=False)
@@ -83,8 +84,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _at_ray_address(config: RunConfig) -> RunConfig:
+    """With the cluster's address from where `ray job submit` and Ray's users put it."""
+    address = config.runtime.address or os.environ.get("RAY_ADDRESS")
+    return replace(config, runtime=replace(config.runtime, address=address or None))
+
+
 def _train(loaded: LoadedConfig, console: Console) -> int:
-    check(loaded.config, _world_size())
+    check(loaded.config, _ranks(loaded.config))
     check_files(loaded.config)
     from megatron_dapo import launch  # imports Megatron: seconds that a wrong key need not wait for
 
@@ -94,6 +101,7 @@ def _train(loaded: LoadedConfig, console: Console) -> int:
 
 
 def _evaluate(loaded: LoadedConfig, console: Console) -> int:
+    _ranks(loaded.config)
     check_files(loaded.config)
     from megatron_dapo import launch
 
@@ -167,3 +175,19 @@ def _rank() -> int:
 
 def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _ranks(config: RunConfig) -> int:
+    """Those that a run has: Ray starts them as configured; others are there already.
+
+    Raises:
+        ConfigError: Ray is asked for by a process that torchrun started.
+    """
+    if config.runtime.name != "ray":
+        return _world_size()
+    if _world_size() > 1:
+        raise ConfigError(
+            f"runtime.name is ray and torchrun started {_world_size()} processes: Ray starts the ranks itself; start "
+            "one process, with trainer.n_gpus_per_node and trainer.nnodes for the number of ranks"
+        )
+    return planned_world_size(config) or 1

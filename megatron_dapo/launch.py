@@ -1,9 +1,11 @@
-"""Whole runs over the ranks that torchrun started, or in this process alone."""
+"""Whole runs: in this process alone, over the ranks that torchrun started, or over Ray's actors. What drives is one."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -27,7 +29,9 @@ from megatron_dapo.mcore.parallel import shutdown
 from megatron_dapo.obs.summary import write_summary
 from megatron_dapo.rewards.failure_rate import RewardFailureRateError
 from megatron_dapo.rewards.pool import RewardWorkerError
-from megatron_dapo.runtime.group import WorkerError
+from megatron_dapo.runtime.group import WorkerError, WorkerGroup
+from megatron_dapo.runtime.host import WorkerHost
+from megatron_dapo.runtime.placement import PlacementError
 from megatron_dapo.runtime.spmd import SpmdControl
 from megatron_dapo.sync.errors import WeightSyncError
 from megatron_dapo.trainer import TrainingDivergedError
@@ -41,6 +45,7 @@ ENDINGS = (
     DamagedCheckpointError,
     ForeignCheckpointError,
     OtherPromptsError,
+    PlacementError,
     PromptDataError,
     RewardFailureRateError,
     RewardWorkerError,
@@ -51,25 +56,54 @@ ENDINGS = (
     WorkerError,
 )
 
+Workers = Callable[[], WorkerGroup]  # builds them, collectively over all ranks
+
 
 def train(config: RunConfig, console: Console) -> None:
     """Train; the final weights go to `<default_local_dir>/hf` as a Hugging Face checkpoint."""
     started = time.monotonic()
+    RUNTIMES[config.runtime.name](config, build_host, lambda workers: _drive(config, workers, console, started))
+
+
+def evaluate(config: RunConfig, console: Console) -> None:
+    """Evaluate the checkpoint at `model.path`; the numbers also go to `<default_local_dir>/eval.json`."""
+    if not config.data.val_files:
+        raise ConfigError("data.val_files is empty: name the files to evaluate on")
+    RUNTIMES[config.runtime.name](config, build_rollout_host, lambda workers: _evaluate(config, workers, console))
+
+
+def _on_spmd(config: RunConfig, build: Callable[[RunConfig], WorkerHost], drive: Callable[[Workers], None]) -> None:
     with SpmdControl.connect() as control:
-        if not control.is_driver:
-            control.serve(build_host(config))
+        if control.is_driver:
+            drive(lambda: control.group(build(config)))
         else:
-            _drive(config, control, console, started)
+            control.serve(build(config))
     shutdown()
 
 
-def _drive(config: RunConfig, control: SpmdControl, console: Console, started: float) -> None:
+def _on_ray(config: RunConfig, build: Callable[[RunConfig], WorkerHost], drive: Callable[[Workers], None]) -> None:
+    try:
+        from megatron_dapo.runtime.ray import RayRuntime
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"runtime.name is ray and {error.name} is not installed: pip install 'megatron_dapo[ray]'"
+        ) from error
+    runtime, trainer = config.runtime, config.trainer
+    with RayRuntime.connect(runtime.address, runtime.placement_timeout) as cluster:
+        drive(lambda: cluster.group(trainer.nnodes or 1, trainer.n_gpus_per_node or 1, partial(build, config)))
+
+
+# Name -> where the workers that `build` makes on each rank live, and who drives them.
+RUNTIMES = {"spmd": _on_spmd, "ray": _on_ray}
+
+
+def _drive(config: RunConfig, workers: Workers, console: Console, started: float) -> None:
     tokenizer = load_tokenizer(config)
     datasets = load_datasets(config, tokenizer)
     for line in datasets.reports:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     directory = Path(config.trainer.default_local_dir)
-    with building_trainer(config, control.group(build_host(config)), datasets, tokenizer, console) as trainer:
+    with building_trainer(config, workers(), datasets, tokenizer, console) as trainer:
         progress = trainer.fit()
         trainer.policy.save_hf(str(directory / "hf"))
     write_summary(
@@ -84,23 +118,15 @@ def _drive(config: RunConfig, control: SpmdControl, console: Console, started: f
     console.print(f"{progress.step} steps done; weights in {directory / 'hf'}", markup=False, highlight=False)
 
 
-def evaluate(config: RunConfig, console: Console) -> None:
-    """Evaluate the checkpoint at `model.path`; the numbers also go to `<default_local_dir>/eval.json`."""
-    if not config.data.val_files:
-        raise ConfigError("data.val_files is empty: name the files to evaluate on")
-    with SpmdControl.connect() as control:
-        host = build_rollout_host(config)
-        if not control.is_driver:
-            control.serve(host)
-            return
-        tokenizer = load_tokenizer(config)
-        prompts, report = load_prompts(config.data.val_files, tokenizer, config.data)
-        console.print(f"val: {report}", markup=False, highlight=False, soft_wrap=True)
-        with building_evaluator(config, control.group(host), prompts, tokenizer) as evaluator:
-            metrics = evaluator.run(step=0).metrics()
-        for name, value in metrics.items():
-            console.print(f"{name:<40} {value:.4f}", markup=False, highlight=False)
-        out = Path(config.trainer.default_local_dir) / "eval.json"
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(metrics, indent=1) + "\n")
-        console.print(f"written to {out}", markup=False, highlight=False)
+def _evaluate(config: RunConfig, workers: Workers, console: Console) -> None:
+    tokenizer = load_tokenizer(config)
+    prompts, report = load_prompts(config.data.val_files, tokenizer, config.data)
+    console.print(f"val: {report}", markup=False, highlight=False, soft_wrap=True)
+    with building_evaluator(config, workers(), prompts, tokenizer) as evaluator:
+        metrics = evaluator.run(step=0).metrics()
+    for name, value in metrics.items():
+        console.print(f"{name:<40} {value:.4f}", markup=False, highlight=False)
+    out = Path(config.trainer.default_local_dir) / "eval.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(metrics, indent=1) + "\n")
+    console.print(f"written to {out}", markup=False, highlight=False)

@@ -17,6 +17,8 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 def planned_world_size(config: RunConfig) -> int | None:
     """GPUs (one rank each) that the configuration asks for; None where it leaves that to the launcher."""
     trainer = config.trainer
+    if config.runtime.name == "ray":
+        return (trainer.n_gpus_per_node or 1) * (trainer.nnodes or 1)
     return None if trainer.n_gpus_per_node is None else trainer.n_gpus_per_node * (trainer.nnodes or 1)
 
 

@@ -22,6 +22,8 @@ from megatron_dapo.config.tree import ConfigError, RunConfig
 
 _LEAVES = frozenset(leaf_types(RunConfig))
 _SECTIONS = frozenset(leaf.rsplit(".", depth)[0] for leaf in _LEAVES for depth in range(1, leaf.count(".") + 1))
+# A section that a text may stand for -> the setting that the text then is.
+_SHORT = {"runtime": "runtime.name"}
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,9 @@ def _read_yaml(path: str) -> DictConfig:
         raise ConfigError(f"{path} is not readable as YAML: {error}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} holds a list: wanted a mapping with sections such as data and trainer")
+    for section, key in _SHORT.items():
+        if isinstance(text := loaded.get(section), str):
+            loaded[section] = {key.removeprefix(f"{section}."): text}
     return loaded
 
 
@@ -86,7 +91,7 @@ def _apply(given: DictConfig, override: str) -> None:
     if not text.strip():
         raise ConfigError(f"malformed override {override!r}: no value; wanted {key}=VALUE, or {key}=null for none")
     try:
-        given.merge_with_dotlist([f"{key}={text}"])
+        given.merge_with_dotlist([f"{_SHORT.get(key, key)}={text}"])
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"malformed override {override!r}: {_first_line(error)}") from error
 

@@ -372,7 +372,7 @@ class TrainerConfig:
     project_name: str = "megatron_dapo"
     experiment_name: str = "run"
     logger: tuple[str, ...] = ("console",)
-    nnodes: int | None = None  # as the launcher started, if absent
+    nnodes: int | None = None  # as the launcher started, if absent; 1 under Ray
     n_gpus_per_node: int | None = None  # likewise
     val_before_train: bool = True
     test_freq: int = -1  # training steps between evaluations; 0 or less: never
@@ -394,6 +394,24 @@ class TrainerConfig:
 
 
 @dataclass(frozen=True)
+class RuntimeConfig:
+    """Who starts the ranks. `runtime=ray` is short for `runtime.name=ray`."""
+
+    name: Literal["spmd", "ray"] = "spmd"  # this process or those that torchrun started; or a Ray actor each
+    address: str | None = None  # of a Ray cluster; RAY_ADDRESS if absent; without both, one on this machine is started
+    colocate: bool = True  # policy and rollout in the same actors
+    placement_timeout: float = 60.0  # seconds to wait for room on the cluster
+
+    def __post_init__(self) -> None:
+        above(self, 0, "placement_timeout")
+        if not self.colocate:
+            raise ConfigError(
+                "colocate is false: weights travel between policy and rollout inside a process alone so far; "
+                "wanted true"
+            )
+
+
+@dataclass(frozen=True)
 class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
@@ -401,3 +419,4 @@ class RunConfig:
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     custom_reward_function: CustomRewardFunctionConfig = field(default_factory=CustomRewardFunctionConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

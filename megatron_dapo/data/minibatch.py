@@ -108,42 +108,52 @@ def build_update(batch: MiniBatch, plan: Plan, weighting: LossWeighting) -> Upda
         ValueError: `plan` does not hold each sequence exactly once.
     """
     sequences = batch.sequences
-    layout = _layout(plan, len(sequences))
-    sequence_N = np.repeat(np.arange(len(sequences)), sequences.response_lengths)
+    lengths_S = sequences.response_lengths
     correction = weighting.correction
     rollout_logp = None if correction.tis_cap is None else batch.rollout_logp
-    used = [logp for logp in (batch.old_logp, batch.ref_logp, rollout_logp) if logp is not None]
-    finite_N = np.ones(len(sequence_N), np.bool_)
-    for logp in used:
-        finite_N &= np.isfinite(logp)
+    nonfinite = _nonfinite(batch.old_logp, batch.ref_logp, rollout_logp)
+    sequence_of_nonfinite = np.searchsorted(sequences.cu_responses, nonfinite, side="right") - 1
     filtered_S = batch.truncated & weighting.overlong_filtering
     masked_S = np.zeros(len(sequences), np.bool_)
     if batch.old_logp is not None and correction.masks:
+        sequence_N = np.repeat(np.arange(len(sequences)), lengths_S)
         log_ratio_N = batch.old_logp - batch.rollout_logp
         masked_S = outside_band(log_ratio_N, sequence_N, len(sequences), correction.mis_low, correction.mis_high)
-    counts_N = finite_N & ~(filtered_S | masked_S)[sequence_N]
-    counts_S = np.bincount(sequence_N[counts_N], minlength=len(sequences))
+    finite_S = lengths_S - np.bincount(sequence_of_nonfinite, minlength=len(sequences))
+    counts_S = np.where(filtered_S | masked_S, 0, finite_S)
+    layout = _layout(plan, len(sequences))
     weight_S = sequence_weights(weighting.agg_mode, weighting.scale, counts_S, batch.group_ids, layout=layout)
     terms = TokenTerms(
-        weight=np.where(counts_N, weight_S[sequence_N], 0).astype(np.float32),
-        advantage=batch.advantages[sequence_N].astype(np.float32),
-        old_logp=_zero_unless(finite_N, batch.old_logp),
-        ref_logp=_zero_unless(finite_N, batch.ref_logp),
-        rollout_logp=_zero_unless(finite_N, rollout_logp),
+        weight=_zero_at(nonfinite, np.repeat(np.where(counts_S > 0, weight_S, 0).astype(np.float32), lengths_S)),
+        advantage=np.repeat(batch.advantages.astype(np.float32), lengths_S),
+        old_logp=None if batch.old_logp is None else _zero_at(nonfinite, batch.old_logp),
+        ref_logp=None if batch.ref_logp is None else _zero_at(nonfinite, batch.ref_logp),
+        rollout_logp=None if rollout_logp is None else _zero_at(nonfinite, rollout_logp),
     )
     return Update(
         ranks=tuple(tuple(_micro_batch(sequences, terms, indices) for indices in rank) for rank in plan),
         plan=plan,
         cu_responses=sequences.cu_responses,
-        tokens=int(counts_N.sum()),
+        tokens=int(counts_S.sum()),
         truncated_sequences=int(filtered_S.sum()),
         masked_sequences=int(masked_S.sum()),
-        nonfinite_tokens=int((~finite_N).sum()),
+        nonfinite_tokens=len(nonfinite),
     )
 
 
-def _zero_unless(finite_N: NDArray[np.bool_], logp_N: FloatArray | None) -> FloatArray | None:
-    return None if logp_N is None else np.where(finite_N, logp_N, 0).astype(np.float32)
+def _nonfinite(*logps: FloatArray | None) -> NDArray[np.intp]:
+    """Where among the N tokens any of them is NaN or infinite."""
+    found = [np.flatnonzero(~np.isfinite(logp)) for logp in logps if logp is not None]
+    return np.unique(np.concatenate(found)) if found else np.zeros(0, np.intp)
+
+
+def _zero_at(places: NDArray[np.intp], values_N: FloatArray) -> FloatArray:
+    """A copy with zeros there; `values_N` itself, as float32, where there are no places."""
+    if not len(places):
+        return values_N.astype(np.float32, copy=False)
+    zeroed_N = values_N.astype(np.float32)
+    zeroed_N[places] = 0
+    return zeroed_N
 
 
 def _layout(plan: Plan, sequences: int) -> SequenceLayout:

@@ -61,13 +61,14 @@ def initialize(config: MegatronConfig, seed: int, timeout: timedelta = timedelta
 
 
 def shutdown() -> None:
-    """Undo `initialize`. Collective.
+    """Undo `initialize`, if it was called. Collective.
 
     A process that is alone can then start another run. Under torchrun it cannot: the store that it shares with the
     others still names the ranks of the first.
     """
-    parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 def check_divides(config: MegatronConfig, world_size: int) -> None:

@@ -84,10 +84,9 @@ class PolicyGroup:
 
         `report_first`: the first one's result tells the log-probs of its tokens under the weights before it.
         """
-        shards = [
-            UpdateShard(tuple(update.ranks[layout.dp_rank] for update in updates), lr, report_first)
-            for layout in self._layouts
-        ]
+        shards = self._by_replica(
+            lambda dp_rank: UpdateShard(tuple(update.ranks[dp_rank] for update in updates), lr, report_first)
+        )
         waiting: dict[int, list[UpdateStats]] = {}
         for rank, stats in self._group.start(PolicyWorker.update, shards):
             waiting.setdefault(rank, []).append(stats)
@@ -151,13 +150,17 @@ class PolicyGroup:
         """Write the present weights as a Hugging Face checkpoint with config and tokenizer."""
         self._group.call_all(PolicyWorker.save_hf, path)
 
+    def _by_replica(self, shard: Callable[[int], Any]) -> list[Any]:
+        """[rank] the shard of its data-parallel rank: the same object where ranks share it, so that it travels once."""
+        shards = [shard(dp_rank) for dp_rank in range(self.dp_size)]
+        return [shards[layout.dp_rank] for layout in self._layouts]
+
     def _log_probs(self, method: Callable[..., Any], sequences: SequenceBatch, limits: MicroBatchLimits) -> FloatArray:
         plan = _plan(sequences.lengths, self.dp_size, limits)
         shortest = int(sequences.lengths.argmin())  # keeps an idle rank in step; its result is not looked at
-        shards = [
-            tuple(sequences.select(indices or [shortest]) for indices in plan[layout.dp_rank])
-            for layout in self._layouts
-        ]
+        shards = self._by_replica(
+            lambda dp_rank: tuple(sequences.select(indices or [shortest]) for indices in plan[dp_rank])
+        )
         found: list[list[TokenStats]] = self._group.call(method, shards)
         replicas = [(layout.dp_rank, stats) for layout, stats in zip(self._layouts, found, strict=True)]
         reports = [layout.reports for layout in self._layouts]

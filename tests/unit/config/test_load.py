@@ -189,3 +189,20 @@ def test_what_is_printed_is_read_back_to_the_same_tree(tmp_path_factory, data, r
     path = tmp_path_factory.mktemp("printed") / "config.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")
     assert load_config(str(path), []).config == config
+
+
+def test_the_name_of_a_runtime_stands_for_its_section(write):
+    path = write("runtime: ray\n")
+    assert load_config(path, ["runtime.placement_timeout=5"]).config.runtime.name == "ray"
+    assert load_config(path, ["runtime.placement_timeout=5"]).config.runtime.placement_timeout == 5
+    assert load_config(path, ["runtime=spmd"]).config.runtime.name == "spmd"
+    full = write("runtime: {address: 'here:1'}\n")
+    runtime = load_config(full, ["runtime=ray"]).config.runtime
+    assert (runtime.name, runtime.address) == ("ray", "here:1")
+    with pytest.raises(ConfigError, match=r"runtime.name is 'slurm'.*one of spmd, ray"):
+        load_config(None, ["runtime=slurm"])
+
+
+def test_rollout_apart_from_the_policy_is_refused_with_the_reason():
+    with pytest.raises(ConfigError, match=r"runtime.colocate is false: weights travel"):
+        load_config(None, ["runtime=ray", "runtime.colocate=false"])

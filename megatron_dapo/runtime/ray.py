@@ -1,0 +1,286 @@
+"""Ray: this process drives, and each rank is an actor of its own.
+
+    with RayRuntime.connect(address=None) as runtime:
+        group = runtime.group(nodes=1, ranks_per_node=2, build=partial(build_host, config))
+        group.call_all(PolicyWorker.rank_layout)
+
+All ranks of a group are placed together or not at all, a node's share on one node. An actor gets the environment that
+torchrun would give its rank, so what runs in it does not know who started it. Arguments go through Ray's object store,
+one object for each distinct shard: their arrays are read where they lie, and are read-only.
+
+A rank that raises or dies becomes a `WorkerError` on the driver. The other ranks may then wait for it in a collective
+for ever: leaving the runtime ends all of them. Ray does the same when the driver is killed.
+
+What is left out: restarting an actor. A group with a failed rank is done for; the run is started again and resumes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from megatron_dapo.runtime.group import WorkerError
+from megatron_dapo.runtime.host import WorkerHost, phase_of, streams
+from megatron_dapo.runtime.placement import Placement, PlacementError, no_room
+from megatron_dapo.runtime.serving import START_UP
+
+ECHO_SECONDS = 3.0  # by which Ray's news of a death may come after the errors that the death caused
+
+
+class RayRuntime:
+    """A connection to a cluster, and the groups on it. Made by `connect`, used as a context."""
+
+    def __init__(self, placement_timeout: float, timeout: float):
+        self._placement_timeout, self._timeout = placement_timeout, timeout
+        self._groups: list[RayGroup] = []
+
+    @classmethod
+    def connect(cls, address: str | None, placement_timeout: float = 60.0, timeout: float = 1800.0) -> RayRuntime:
+        """
+        Args:
+            address: of a cluster (`auto`: the one that runs on this machine); None starts one on this machine alone.
+            placement_timeout: seconds that a group waits for its place.
+            timeout: seconds that the driver waits without hearing from any rank.
+
+        Raises:
+            ConnectionError: no cluster answers there.
+        """
+        if address is None:
+            ray.init(address="local", include_dashboard=False)
+        else:
+            ray.init(address=address)
+        return cls(placement_timeout, timeout)
+
+    def group(self, nodes: int, ranks_per_node: int, build: Callable[[], WorkerHost]) -> RayGroup:
+        """Place nodes x ranks_per_node ranks and have each build its workers, all at the same time.
+
+        Raises:
+            PlacementError: the cluster has no room for them in time.
+            WorkerError: a rank failed in `build`.
+        """
+        device = "GPU" if ray.cluster_resources().get("GPU") else "CPU"
+        placement = Placement(nodes, ranks_per_node, device)
+        group = RayGroup(placement, _place(placement, self._placement_timeout), self._timeout)
+        self._groups.append(group)
+        group.build(build)
+        return group
+
+    def __enter__(self) -> RayRuntime:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+        ray.shutdown()
+
+    def close(self) -> None:
+        """End the groups, and not the connection."""
+        for group in self._groups:
+            group.close()
+
+
+class RayGroup:
+    """A `WorkerGroup` of actors."""
+
+    def __init__(self, placement: Placement, place: PlacementGroup, timeout: float):
+        self.size = placement.size
+        self._placement, self._place, self._timeout = placement, place, timeout
+        self._busy: str | None = None
+        actor_class: Any = ray.remote(num_cpus=1, num_gpus=1 if placement.device == "GPU" else 0)(_Rank)
+        self._ranks: list[Any] = [
+            actor_class.options(
+                scheduling_strategy=PlacementGroupSchedulingStrategy(place, rank // placement.ranks_per_node)
+            ).remote(rank)
+            for rank in range(self.size)
+        ]
+
+    def build(self, build: Callable[[], WorkerHost]) -> None:
+        """Give every rank its environment and its workers. Errors as for `RayRuntime.group`."""
+        opened = self._ranks[0].open_store.options(num_returns="streaming").remote()
+        ((_, (address, port)),) = _Arrivals({opened: 0}, START_UP, self._timeout)
+        environments = [self._placement.environment(rank, address, port) for rank in range(self.size)]
+        calls = {
+            actor.build.options(num_returns="streaming").remote(environments[rank], build): rank
+            for rank, actor in enumerate(self._ranks)
+        }
+        list(_Arrivals(calls, START_UP, self._timeout))
+
+    def start(self, method: Callable[..., Any], shards: Sequence[Any]) -> RayHandle:
+        """All ranks begin at once. See `WorkerGroup.start`; what a rank has no worker for is its `WorkerError`.
+
+        Raises:
+            ValueError: len(shards) is not `size`.
+            RuntimeError: the call before this one was not finished.
+        """
+        phase = phase_of(method)
+        if len(shards) != self.size:
+            raise ValueError(f"{phase}: {len(shards)} shards for {self.size} ranks; give one to each")
+        if self._busy is not None:
+            raise RuntimeError(f"cannot start {phase}: {self._busy} is not finished; take its result() first")
+        # By identity: a shard that several ranks share is put once, and they read the same memory.
+        kept = {id(shard): ray.put(shard) for shard in {id(shard): shard for shard in shards}.values()}
+        calls = {
+            actor.stream.options(num_returns="streaming").remote(method, kept[id(shards[rank])]): rank
+            for rank, actor in enumerate(self._ranks)
+        }
+        self._busy = phase
+        return RayHandle(self, method, _Arrivals(calls, phase, self._timeout))
+
+    def call(self, method: Callable[..., Any], shards: Sequence[Any]) -> list[Any]:
+        """start(...).result()"""
+        return self.start(method, shards).result()
+
+    def call_all(self, method: Callable[..., Any], argument: Any = None) -> list[Any]:
+        """The same argument on every rank."""
+        return self.call(method, [argument] * self.size)
+
+    def finished(self) -> None:
+        """The call under way is through."""
+        self._busy = None
+
+    def close(self) -> None:
+        """End every rank and give its place back. What hangs is ended too."""
+        for actor in self._ranks:
+            ray.kill(actor)
+        remove_placement_group(self._place)
+
+
+class RayHandle:
+    """A call under way. Iterate it or ask for its result, not both."""
+
+    def __init__(self, group: RayGroup, method: Callable[..., Any], arrivals: _Arrivals):
+        self._group, self._method = group, method
+        self._items = self._until_the_end(iter(arrivals))
+        self._taken = False
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        """(rank, item) as they arrive. Raises WorkerError: see `WorkerGroup.start`."""
+        self._taken = True
+        return self._items
+
+    def result(self) -> list[Any]:
+        """[rank] -> the returned value, or the list of yielded ones.
+
+        Raises:
+            RuntimeError: the items were taken already.
+            WorkerError: see `WorkerGroup.start`.
+        """
+        if self._taken:
+            raise RuntimeError(f"the items of {phase_of(self._method)} were taken already; start it again")
+        items: list[list[Any]] = [[] for _ in range(self._group.size)]
+        for rank, item in self:
+            items[rank].append(item)
+        return items if streams(self._method) else [item for (item,) in items]
+
+    def _until_the_end(self, items: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+        yield from items
+        self._group.finished()
+
+
+class _Arrivals:
+    """What the ranks' generators yield, in the order in which it arrives."""
+
+    def __init__(self, calls: dict[Any, int], phase: str, timeout: float):
+        self._open, self._phase, self._timeout = calls, phase, timeout
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        while self._open:
+            ready, _ = ray.wait(list(self._open), timeout=self._timeout)
+            if not ready:
+                ranks = ", ".join(f"rank {rank}" for rank in self._open.values())
+                why = f"no answer for {self._timeout:g} s from {ranks}"
+                raise WorkerError(min(self._open.values()), self._phase, why)
+            yield from self._next(_generator(ready[0]))
+
+    def _next(self, call: Any) -> Iterator[tuple[int, Any]]:
+        """The next value of a call that has one, or nothing if it is through."""
+        rank = self._open[call]
+        try:
+            item = ray.get(next(call))
+        except StopIteration:
+            del self._open[call]
+            return
+        except RayError as error:
+            raise self._first_cause(rank, error) from None
+        yield rank, item
+
+    def _first_cause(self, rank: int, error: RayError) -> WorkerError:
+        """A rank that dies breaks the collectives of its peers, and their errors may be here before the news of it."""
+        deadline = time.monotonic() + ECHO_SECONDS
+        others = {call: other for call, other in self._open.items() if other != rank}
+        while others and _may_be_an_echo(error) and time.monotonic() < deadline:
+            ready, _ = ray.wait(list(others), timeout=max(0.0, deadline - time.monotonic()))
+            for call in map(_generator, ready):
+                try:
+                    ray.get(next(call))
+                except StopIteration:
+                    del others[call]
+                except RayActorError as death:
+                    return self._named(others[call], death)
+                except RayError:
+                    del others[call]
+        return self._named(rank, error)
+
+    def _named(self, rank: int, error: RayError) -> WorkerError:
+        if isinstance(error, RayTaskError):
+            return WorkerError(rank, self._phase, str(error))
+        return WorkerError(rank, self._phase, f"rank {rank} died without a report. Ray says: {error}")
+
+
+class _Rank:
+    """What runs in an actor's process."""
+
+    def __init__(self, rank: int):
+        self._rank = rank
+        signal.signal(signal.SIGINT, _leave_to_the_driver)
+
+    def __repr__(self) -> str:
+        """Ray puts it before each line that the rank prints."""
+        return f"rank {self._rank}"
+
+    def open_store(self) -> Iterator[tuple[str, int]]:
+        """Serve the store in which the ranks find each other, on a port that the system chooses: no two runs meet."""
+        address = ray.util.get_node_ip_address()
+        self._store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
+        yield address, self._store.port
+
+    def build(self, environment: dict[str, str], build: Callable[[], WorkerHost]) -> Iterator[None]:
+        os.environ.update(environment)
+        self._host = build()
+        yield None
+
+    def stream(self, function: Callable[..., Any], argument: Any) -> Iterator[Any]:
+        yield from self._host.stream(function, argument)
+
+
+def _place(placement: Placement, seconds: float) -> PlacementGroup:
+    place = placement_group(placement.bundles(), strategy="PACK")
+    if place.wait(seconds):
+        return place
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    message = no_room(placement, nodes, ray.available_resources(), seconds)
+    remove_placement_group(place)
+    raise PlacementError(message)
+
+
+def _generator(ready: Any) -> Any:
+    """Ray waits for generators too, which its type hints do not say."""
+    return ready
+
+
+def _may_be_an_echo(error: RayError) -> bool:
+    """Whether another rank's death may have caused it: a broken collective is a RuntimeError."""
+    return isinstance(error, RayTaskError) and isinstance(error.cause, RuntimeError)
+
+
+def _leave_to_the_driver(number: int, frame: Any) -> None:
+    """Ctrl-C in a terminal reaches every process of a local cluster; it is the driver's to act on."""
