@@ -25,14 +25,19 @@ from megatron_dapo.mcore.parallel import shutdown
 from megatron_dapo.obs.summary import write_summary
 from megatron_dapo.rewards.failure_rate import RewardFailureRateError
 from megatron_dapo.rewards.pool import RewardWorkerError
+from megatron_dapo.rollout.failures import EngineFailedError, PortInUseError
 from megatron_dapo.runtime.group import WorkerError
 from megatron_dapo.runtime.spmd import SpmdControl
+from megatron_dapo.sync.restoring import EnginesKeepFailingError
 from megatron_dapo.trainer import TrainingDivergedError
 from megatron_dapo.types import CheckpointError
 
 # What a user can act on: the message says all, a traceback would say less.
 ENDINGS = (
     CheckpointError,
+    EngineFailedError,
+    EnginesKeepFailingError,
+    PortInUseError,
     PromptDataError,
     RewardFailureRateError,
     RewardWorkerError,

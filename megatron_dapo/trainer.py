@@ -29,6 +29,7 @@ from megatron_dapo.obs.timers import Timers
 from megatron_dapo.rewards.failure_rate import RewardFailureRateError
 from megatron_dapo.rewards.guarded import GuardedPool
 from megatron_dapo.sync.embedded import WeightSync
+from megatron_dapo.sync.restoring import EnginesKeepFailingError
 from megatron_dapo.training_step import PreparedStep, StepRules, prepare_step
 from megatron_dapo.workers.policy_group import PolicyGroup, UpdateResult
 from megatron_dapo.workers.rollout import RolloutFleet
@@ -36,6 +37,17 @@ from megatron_dapo.workers.rollout import RolloutFleet
 
 class TrainingDivergedError(RuntimeError):
     """Too many updates in a row with a loss or gradient that is not finite. The state was saved."""
+
+
+# The policy is sound in all these cases.
+_SAVED_FIRST = (
+    KeyboardInterrupt,
+    SystemExit,
+    TrainingDivergedError,
+    SamplingExhausted,
+    RewardFailureRateError,
+    EnginesKeepFailingError,
+)
 
 
 @dataclass(frozen=True)
@@ -85,8 +97,8 @@ class Trainer:
 
         Raises:
             KeyboardInterrupt, SystemExit: asked for by Ctrl-C or SIGTERM.
-            TrainingDivergedError, SamplingExhausted, RewardFailureRateError: see there. The state is saved
-                first, in all these cases.
+            TrainingDivergedError, SamplingExhausted, RewardFailureRateError, EnginesKeepFailingError: see there. The
+                state is saved first, in all these cases.
         """
         try:
             self.sync.push(self.progress.weight_version)
@@ -94,7 +106,7 @@ class Trainer:
                 self.loggers.log(0, self._evaluate() | self.timers.flush())
             while self.progress.step < self.total_steps and self._step():
                 self.interrupts.check()
-        except (KeyboardInterrupt, SystemExit, TrainingDivergedError, SamplingExhausted, RewardFailureRateError):
+        except _SAVED_FIRST:
             self.save()
             raise
         self.save()

@@ -25,6 +25,7 @@ HOST = "127.0.0.1"
 TAIL_LINES = 30  # of the log in an error
 PORT_TRIES = 3  # another process may take a free port before the server does
 BETWEEN_LOOKS = 0.2  # seconds
+RANK_VARIABLES = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,16 @@ class ServerProcess:
         _signal_group(process.pid, signal.SIGKILL)
         process.wait()
         os.close(self._lifeline)
+
+
+def child_environment(more: Mapping[str, str], search_path: Sequence[Path]) -> dict[str, str]:
+    """This process's own with `more`, and `search_path` before its PYTHONPATH; without what makes a rank of torchrun.
+
+    torch would take a child that inherits those for that rank, and meet its peers where the run's own do.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(RANK_VARIABLES)}
+    path = [*map(str, search_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**kept, **({"PYTHONPATH": os.pathsep.join(path)} if path else {}), **more}
 
 
 def free_port() -> int:

@@ -22,14 +22,12 @@ from transformers import PreTrainedConfig
 
 from megatron_dapo.rollout.chunk import Chunk
 from megatron_dapo.rollout.decoder import Decoder, build_model
+from megatron_dapo.rollout.engine import Tag
+from megatron_dapo.rollout.failures import WeightsNotLoadedError
 from megatron_dapo.rollout.sampling import check_params
 from megatron_dapo.types import Completion, Request
 
 _STEPS_PER_POLL = 8
-
-
-class WeightsNotLoadedError(RuntimeError):
-    """Generation was asked for before a first, or after a failed, `load_weights`."""
 
 
 class TorchEngine:
@@ -69,6 +67,7 @@ class TorchEngine:
         self._queue: deque[tuple[int, Sequence[Request]]] = deque()  # chunks to come, and their weight version
         self._chunk: Chunk | None = None
         self._pending: set[tuple[int, int]] = set()
+        self._paused = False
 
     @property
     def pending(self) -> int:
@@ -106,6 +105,8 @@ class TorchEngine:
         Raises:
             FloatingPointError: the model's logits are not finite. The requests stay pending until `abort`.
         """
+        if self._paused:
+            return []
         if self._chunk is None:
             if not self._queue:
                 return []
@@ -165,6 +166,33 @@ class TorchEngine:
             listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise ValueError(f"{len(missing)} of {len(own)} weights never came in version {version}: {listed}")
         self._version = version
+
+    def pause(self) -> None:
+        self._paused = True
+
+    def resume(self) -> None:
+        self._paused = False
+
+    def sleep(self, tags: Sequence[Tag]) -> None:
+        """Nothing to give up: the cache is gone when a chunk is through, and the weights are a tiny model's.
+
+        Raises:
+            RuntimeError: requests are pending.
+        """
+        if self._pending:
+            raise RuntimeError(f"sleep while {self.pending} requests are pending: poll until none is, or abort them")
+        if "weights" in tags:
+            self._version = None
+
+    def wake(self, tags: Sequence[Tag]) -> None:
+        """Nothing to take back."""
+
+    def restart(self) -> None:
+        self.abort()
+        self._paused, self._version = False, None
+
+    def close(self) -> None:
+        """There is no process to end."""
 
     def _check(self, request: Request) -> None:
         check_params(request.params)

@@ -1,8 +1,9 @@
-"""For SGLang's processes on a host without CUDA: `import torchvision` works beside a CPU build of torch.
+"""For SGLang's processes on a host without CUDA: it can import the little of torchvision that it does at its start.
 
 Python runs this at the start of every process whose PYTHONPATH has this folder. The torchvision of the package index
-is built for CUDA and its compiled operators cannot be loaded; it then fails on describing two of them to torch. They
-are declared here without a kernel just before it is imported: who calls one is told by torch that there is none.
+is built for CUDA: beside a CPU build of torch it cannot be imported, and then transformers' models cannot either. So
+it is not installed. `import torchvision` finds the names in `without_install`; `importlib.util.find_spec`, by which
+transformers asks whether it is installed, does not.
 """
 
 from __future__ import annotations
@@ -10,26 +11,27 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from types import ModuleType
 
-OPERATORS = ("nms", "qnms")
-libraries = []  # torch forgets the operators when the library object goes
+STAND_INS = [str(Path(__file__).parent / "without_install")]
 
 
-class DeclareOperators(MetaPathFinder):
-    """Finds nothing; it only sees that torchvision is about to be imported."""
+class StandIns(MetaPathFinder):
+    """After all other finders: what is installed is taken from there."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name == "torchvision":
-            sys.meta_path.remove(self)
-            import torch
-
-            library = torch.library.Library("torchvision", "FRAGMENT")
-            for operator in OPERATORS:
-                library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            libraries.append(library)
-        return None
+        if name != "torchvision" or _asks_whether_installed():
+            return None
+        return PathFinder.find_spec(name, STAND_INS)
 
 
-sys.meta_path.insert(0, DeclareOperators())
+def _asks_whether_installed() -> bool:
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.startswith("<frozen importlib._bootstrap"):
+        frame = frame.f_back
+    return frame is not None and frame.f_globals["__name__"] == "importlib.util"
+
+
+sys.meta_path.append(StandIns())
