@@ -275,7 +275,9 @@ class SGLangEngine:
             raise RuntimeError(f"{what} while {self.pending} requests are pending: poll until none is, or abort them")
 
 
-def server_flags(model_path: str | Path, config: RolloutConfig, dtype: torch.dtype, cuda_device: int | None) -> list[str]:
+def server_flags(
+    model_path: str | Path, config: RolloutConfig, dtype: torch.dtype, cuda_device: int | None
+) -> list[str]:
     """The server's command line but for its address.
 
     Raises:
