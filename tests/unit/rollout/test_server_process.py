@@ -87,7 +87,7 @@ def test_a_killed_server_is_named_with_the_end_of_its_log_and_can_be_restarted(m
     server.start()
     before = pids(tmp_path)
     os.kill(before[0], signal.SIGKILL)
-    with pytest.raises(EngineDiedError, match="(?s)ended by itself.*the last words"):
+    with pytest.raises(EngineDiedError, match=r"(?s)ended by itself.*the last words"):
         raise server.failure(ConnectionResetError())
     server.restart()
     server.check_health()
@@ -99,7 +99,7 @@ def test_a_silent_server_hangs_by_name_and_can_be_killed(make: Make, tmp_path: P
     server = make(answer_limit=0.5)
     server.start()
     os.kill(pids(tmp_path)[0], signal.SIGSTOP)
-    with pytest.raises(EngineHangsError, match="within 0.5 s"):
+    with pytest.raises(EngineHangsError, match=r"within 0\.5 s"):
         server.check_health()
     server.kill()
     wait_until_gone(pids(tmp_path))
@@ -107,7 +107,7 @@ def test_a_silent_server_hangs_by_name_and_can_be_killed(make: Make, tmp_path: P
 
 def test_a_server_that_never_becomes_healthy_is_ended(make: Make, tmp_path: Path) -> None:
     server = make("import time; print('waiting for a device', flush=True); time.sleep(600)", start_limit=1.5)
-    with pytest.raises(EngineHangsError, match="(?s)not healthy 1.5 s after.*waiting for a device"):
+    with pytest.raises(EngineHangsError, match=r"(?s)not healthy 1\.5 s after.*waiting for a device"):
         server.start()
 
 
