@@ -12,8 +12,10 @@ request where the server runs deterministically (`deterministic`, CUDA only); el
 from __future__ import annotations
 
 import base64
+import json
 import secrets
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +31,8 @@ from megatron_dapo.rollout.exchange import Arrival, Exchange, RefusedError
 from megatron_dapo.rollout.failures import EngineFailedError, EngineHangsError, WeightsNotLoadedError
 from megatron_dapo.rollout.request_check import RequestCheck
 from megatron_dapo.rollout.server_process import HOST, ServerProcess, ServerSpec, child_environment
-from megatron_dapo.rollout.weight_buckets import ModelWeights, SharedBuckets
+from megatron_dapo.rollout.sglang_checksums import LOADER, pack_order
+from megatron_dapo.rollout.weight_buckets import ModelWeights, SharedBuckets, pickled
 from megatron_dapo.types import Completion, FinishReason, Request
 
 SHIMS = Path(__file__).parent / "sglang_cpu_shims"
@@ -202,6 +205,30 @@ class SGLangEngine:
         self._wait_until_idle()  # which empties the prefix cache
         self._version = version
 
+    def weight_checksums(self) -> dict[str, int]:
+        """Hugging Face name -> `algo.checksum.checksum` of the tensor as the server holds it. Computed there.
+
+        Raises:
+            NotImplementedError: the engine spans several GPUs.
+            RuntimeError: requests are pending.
+        """
+        if self._tp_size > 1:
+            raise NotImplementedError(
+                f"checksums of an engine over {self._tp_size} GPUs: each holds a slice, and SGLang's slices are not "
+                "told apart here; verify with tensor_model_parallel_size=1, or by the probe alone"
+            )
+        self._refuse_pending("weight_checksums")
+        with tempfile.TemporaryDirectory() as folder:
+            answer = Path(folder) / "checksums.json"
+            order = base64.b64encode(pickled(pack_order(answer, self._weights.shapes))).decode()
+            self._call("/begin_weight_update", {})
+            body = {"serialized_named_tensors": [order], "load_format": LOADER, "flush_cache": False}
+            try:
+                self._call("/update_weights_from_tensor", body)
+            finally:
+                self._call("/end_weight_update", {})
+            return {name: int(found) for name, found in json.loads(answer.read_text()).items()}
+
     def sleep(self, tags: Sequence[Tag]) -> None:
         """Raises RuntimeError: requests are pending."""
         self._refuse_pending("sleep")
@@ -287,6 +314,7 @@ def server_flags(
         "--model-path": model_path,
         "--dtype": str(dtype).removeprefix("torch."),
         "--load-format": "dummy",  # the weights come from the policy
+        "--custom-weight-loader": LOADER,
         "--max-running-requests": config.max_num_seqs,
         "--chunked-prefill-size": config.max_num_batched_tokens if config.enable_chunked_prefill else -1,
         "--sampling-backend": "pytorch",

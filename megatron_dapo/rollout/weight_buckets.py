@@ -76,22 +76,25 @@ class SharedBuckets:
         for name, tensor in tensors:
             size = tensor.numel() * self._dtype.itemsize
             if bucket and used + size > self._size:
-                yield _pickled(bucket)
+                yield pickled(bucket)
                 bucket, used = [], 0
             view = self._buffer[used : used + size].view(self._dtype).view(tensor.shape)
             view.copy_(tensor.detach())
             bucket.append((name, view))
             used += _aligned(size)
         if bucket:
-            yield _pickled(bucket)
+            yield pickled(bucket)
 
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _pickled(bucket: list[tuple[str, Tensor]]) -> bytes:
-    """By the storage's name: torch's other way hands over a file descriptor, which needs the sender's own child."""
+def pickled(bucket: list[tuple[str, Tensor]]) -> bytes:
+    """Tensors by the names of their storages, which are moved into shared memory.
+
+    torch's other way hands over file descriptors, which only a process that the sender itself started can take.
+    """
     before = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:

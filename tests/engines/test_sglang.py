@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from megatron_dapo.algo.checksum import checksum
 from megatron_dapo.config.tree import RolloutConfig
 from megatron_dapo.obs.jsonl import read_metrics
 from megatron_dapo.rollout.failures import EngineDiedError, EngineHangsError, WeightsNotLoadedError
@@ -129,6 +130,13 @@ def test_after_an_update_the_same_prompts_are_continued_by_the_new_weights(
         found = write(engine, asked)
         assert [c.token_ids.tolist() for c in found] == told[model]
         assert {c.weight_version for c in found} == {version}
+
+
+def test_its_checksums_are_those_of_the_tensors_sent(engine: SGLangEngine, references: list[PreTrainedModel]) -> None:
+    for version, model in ((7, 1), (8, 0)):
+        engine.load_weights(weights(references[model]), version)
+        assert engine.weight_checksums() == {name: checksum(tensor) for name, tensor in weights(references[model])}
+    assert {c.weight_version for c in write(engine, requests())} == {8}
 
 
 def test_weights_that_do_not_fit_are_refused_and_nothing_is_written_until_they_do(
