@@ -40,6 +40,8 @@ POLL_SECONDS = 0.05  # that `poll` waits for a first completion
 CALL_SECONDS = 600.0  # that a call other than a generation may take
 IDLE_SECONDS = 60.0  # for the server to become idle after an abort
 KV_TOKENS_ON_CPU = 262_144  # of all sequences together
+# A bound alone: the cache has KV_TOKENS_ON_CPU. A low one fails where other processes take memory as the server starts.
+HOST_MEMORY_FRACTION = 0.9
 FINISH: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 Key = tuple[int, int, int]  # (submissions dropped before it, draw index, sample index)
@@ -236,7 +238,7 @@ class SGLangEngine:
         if wanted:
             self._wait_until_idle()
             self._call("/release_memory_occupation", {"tags": wanted})
-            self._asleep |= set(wanted)
+            self._asleep.update(wanted)
             if "weights" in wanted:
                 self._version = None
 
@@ -244,7 +246,7 @@ class SGLangEngine:
         wanted = [tag for tag in ALL_TAGS if tag in tags and tag in self._asleep]
         if wanted:
             self._call("/resume_memory_occupation", {"tags": wanted})
-            self._asleep -= set(wanted)
+            self._asleep.difference_update(wanted)
 
     def restart(self) -> None:
         """Kill what is left of the server and start another. Errors as for making the engine."""
@@ -331,7 +333,11 @@ def server_flags(
                     f"actor_rollout_ref.rollout.{name} is {value}, and SGLang runs on the CPU, where it has no such "
                     f"mode; use {off}, or a GPU"
                 )
-        flags |= {"--device": "cpu", "--attention-backend": "torch_native", "--mem-fraction-static": 0.05}
+        flags |= {
+            "--device": "cpu",
+            "--attention-backend": "torch_native",
+            "--mem-fraction-static": HOST_MEMORY_FRACTION,
+        }
         flags |= {"--max-total-tokens": KV_TOKENS_ON_CPU}
         switches.append("--disable-overlap-schedule")
     else:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from megatron_dapo.rollout.failures import EngineFailedError
 from megatron_dapo.runtime.group import WorkerGroup
 from megatron_dapo.sync.embedded import WeightSync
 from megatron_dapo.workers.rollout import RolloutWorker
@@ -63,8 +62,5 @@ class RestoringSync:
                 f"{named}"
             )
         self._say(f"restarting what failed, {self._restarts} of at most {MAX_RESTARTS} times in a row\n{named}")
-        try:
-            self._engines.call_all(RolloutWorker.restart_failed)
-        except EngineFailedError as error:
-            raise EnginesKeepFailingError(f"an engine does not start again: {error}") from error
+        self._engines.call_all(RolloutWorker.restart_failed)
         return True

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from torch import Tensor
 
 from megatron_dapo.rollout.engine import RolloutEngine
-from megatron_dapo.rollout.failures import EngineFailedError
+from megatron_dapo.rollout.failures import EngineFailedError, PortInUseError
 from megatron_dapo.runtime.group import Handle, WorkerGroup
 from megatron_dapo.types import Completion, Request
 
@@ -55,14 +55,13 @@ class RolloutWorker:
         return self.failure
 
     def restart_failed(self, _: None) -> None:
-        """Start the engine again if it has failed; it has no weights then.
-
-        Raises:
-            EngineFailedError, PortInUseError: it does not start.
-        """
+        """Start the engine again if it has failed; it has no weights then. A start that fails is a failure again."""
         if self.failure:
-            self.engine.restart()
-            self.failure = ""
+            try:
+                self.engine.restart()
+                self.failure = ""
+            except (EngineFailedError, PortInUseError) as error:
+                self.failure = str(error)
 
     def close(self, _: None) -> None:
         self.engine.close()

@@ -127,3 +127,19 @@ def test_all_tensors_are_taken_from_a_policy_whose_engine_failed(model: Path) ->
     worker.load_weights(arriving, 0)
     assert worker.failure == "silent"
     assert next(arriving, None) is None
+
+
+def test_a_restart_that_fails_is_tried_again(control: SpmdControl, model: Path) -> None:
+    class SlowToStart(FailingEngine):
+        def restart(self) -> None:
+            super().restart()
+            if self.restarts == 1:
+                self._dead = True
+                raise EngineDiedError("no memory yet")
+
+    engine = SlowToStart(engine_of(model), while_loading=1)
+    group, said = group_with(control, engine), []
+    RestoringSync(CheckpointSync(group, str(model)), group, said.append).push(0)
+    assert engine.restarts == 2
+    assert "silent" in said[0]
+    assert "no memory yet" in said[1]
