@@ -1,20 +1,18 @@
-"""Whether requests can be written at all, before any of them goes to an engine that is another process."""
+"""Whether requests can be written at all, before any of them is queued: what every engine asks."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from pathlib import Path
 
-from transformers import AutoConfig
+from transformers import PreTrainedConfig
 
 from megatron_dapo.rollout.sampling import check_params
 from megatron_dapo.types import Request
 
 
 class RequestCheck:
-    def __init__(self, model_path: str | Path, eos_token_ids: Sequence[int]):
+    def __init__(self, config: PreTrainedConfig, eos_token_ids: Sequence[int]):
         """Raises ValueError: an eos id outside the vocabulary."""
-        config = AutoConfig.from_pretrained(model_path)
         self._vocab_size, self._max_positions = int(config.vocab_size), int(config.max_position_embeddings)
         outside = [i for i in eos_token_ids if not 0 <= i < self._vocab_size]
         if outside:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from megatron_dapo.config.tree import RolloutConfig
 from megatron_dapo.rollout.engine import ALL_TAGS, Tag
@@ -75,7 +76,7 @@ class SGLangEngine:
             ValueError: settings that the server cannot run with on this device.
             EngineFailedError, PortInUseError: it did not start.
         """
-        self._check = RequestCheck(model_path, eos_token_ids)
+        self._check = RequestCheck(AutoConfig.from_pretrained(model_path), eos_token_ids)
         self._eos = sorted(eos_token_ids)
         self._weights = ModelWeights(model_path)
         self._buckets = SharedBuckets(self._weights, dtype, config.update_bucket_bytes)
