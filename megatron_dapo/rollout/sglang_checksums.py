@@ -24,10 +24,12 @@ FUSED: Mapping[str, Sequence[str]] = {
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
 
+EQUAL_PARTS = ("gate_up_proj",)  # each padded to the same size by itself
+
 
 def pack_order(path: Path, shapes: Mapping[str, Sequence[int]]) -> list[tuple[str, Tensor]]:
-    """What `write_checksums` is sent: where to write, and the rows of each tensor that is wanted."""
-    order = {"path": str(path), "rows": {name: shape[0] for name, shape in shapes.items()}}
+    """What `write_checksums` is sent: where to write, and the shape of each tensor that is wanted."""
+    order = {"path": str(path), "shapes": {name: list(shape) for name, shape in shapes.items()}}
     return [("order", torch.frombuffer(bytearray(json.dumps(order).encode()), dtype=torch.uint8))]
 
 
@@ -36,20 +38,26 @@ def write_checksums(model: nn.Module, named_tensors: Iterable[tuple[str, Tensor]
     ((_, packed),) = named_tensors
     order: dict[str, Any] = json.loads(bytes(packed.cpu().numpy()))
     parameters = dict(model.named_parameters())
-    found = {name: checksum(tensor) for name, tensor in checkpoint_tensors(parameters, order["rows"])}
+    found = {name: checksum(tensor) for name, tensor in checkpoint_tensors(parameters, order["shapes"])}
     Path(order["path"]).write_text(json.dumps(found))
 
 
-def checkpoint_tensors(parameters: Mapping[str, Tensor], rows: Mapping[str, int]) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor of the checkpoint as a view of the parameter that holds it. `rows`: how many each of them has."""
-    fused_as = {part: (whole, parts) for whole, parts in FUSED.items() for part in parts}
-    for name, count in rows.items():
+def checkpoint_tensors(
+    parameters: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor of the checkpoint as a view of the parameter that holds it, without what SGLang pads it with."""
+    whole_of = {part: (whole, parts) for whole, parts in FUSED.items() for part in parts}
+    for name, shape in shapes.items():
         module, _, kind = name.rpartition(".")
         parent, _, leaf = module.rpartition(".")
-        start = 0
-        held = name
-        if leaf in fused_as:
-            whole, parts = fused_as[leaf]
+        held, start = name, 0
+        if leaf in whole_of:
+            whole, parts = whole_of[leaf]
             held = f"{parent}.{whole}.{kind}"
-            start = sum(rows[f"{parent}.{part}.{kind}"] for part in parts[: parts.index(leaf)])
-        yield name, parameters[held][start : start + count]
+            before = parts[: parts.index(leaf)]
+            if whole in EQUAL_PARTS:
+                start = len(before) * (len(parameters[held]) // len(parts))
+            else:
+                start = sum(shapes[f"{parent}.{part}.{kind}"][0] for part in before)
+        places = [slice(start, start + shape[0]), *(slice(size) for size in shape[1:])]
+        yield name, parameters[held][tuple(places)]
