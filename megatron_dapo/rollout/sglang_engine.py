@@ -235,7 +235,7 @@ class SGLangEngine:
     def sleep(self, tags: Sequence[Tag]) -> None:
         """Raises RuntimeError: requests are pending."""
         self._refuse_pending("sleep")
-        wanted = [tag for tag in ALL_TAGS if tag in tags and tag not in self._asleep]
+        wanted: list[Tag] = [tag for tag in ALL_TAGS if tag in tags and tag not in self._asleep]
         if wanted:
             self._wait_until_idle()
             self._call("/release_memory_occupation", {"tags": wanted})
@@ -244,7 +244,7 @@ class SGLangEngine:
                 self._version = None
 
     def wake(self, tags: Sequence[Tag]) -> None:
-        wanted = [tag for tag in ALL_TAGS if tag in tags and tag in self._asleep]
+        wanted: list[Tag] = [tag for tag in ALL_TAGS if tag in tags and tag in self._asleep]
         if wanted:
             self._call("/resume_memory_occupation", {"tags": wanted})
             self._asleep.difference_update(wanted)

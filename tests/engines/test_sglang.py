@@ -257,6 +257,7 @@ def test_a_server_killed_during_an_update_is_restarted_and_gets_the_same_weights
 def test_a_server_that_stands_still_hangs_by_name_and_is_ended(
     engine: SGLangEngine, references: list[PreTrainedModel]
 ) -> None:
+    engine.load_weights(weights(references[0]), 13)
     stopped = processes(engine)
     engine.submit(requests(draws=20, n=4, tokens=LONG))
     for process in stopped:
@@ -268,7 +269,7 @@ def test_a_server_that_stands_still_hangs_by_name_and_is_ended(
     while any(map(lives, stopped)):  # a killed process takes a moment to go; the test's own time-out ends it
         time.sleep(0.05)
     engine.restart()
-    engine.load_weights(weights(references[0]), 13)
+    engine.load_weights(weights(references[0]), 14)
     write(engine, requests())
     assert threading.active_count() < 100
 

@@ -1,3 +1,3 @@
 """A name alone: there are no image transforms here."""
 
-from torchvision.transforms import InterpolationMode as InterpolationMode
+from . import InterpolationMode as InterpolationMode
