@@ -5,8 +5,9 @@ The one place that knows which parts there are. Choosing by name happens in visi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -42,13 +43,16 @@ from megatron_dapo.obs.timers import Timers
 from megatron_dapo.rewards.guarded import GuardedPool
 from megatron_dapo.rewards.pool import RewardPool
 from megatron_dapo.rewards.table import RewardTask, VerifierSpec
+from megatron_dapo.rollout.engine import RolloutEngine
+from megatron_dapo.rollout.sglang_engine import SGLangEngine
 from megatron_dapo.rollout.torch_engine import TorchEngine
-from megatron_dapo.runtime.group import WorkerGroup
+from megatron_dapo.runtime.group import WorkerError, WorkerGroup
 from megatron_dapo.runtime.host import WorkerHost
-from megatron_dapo.sync.embedded import WeightSync, load_checkpoint_weights
+from megatron_dapo.sync.embedded import CheckpointSync
+from megatron_dapo.sync.restoring import RestoringSync
 from megatron_dapo.sync.survey import Ranks
 from megatron_dapo.sync.transports import make_weight_sync
-from megatron_dapo.sync.verify import Probe
+from megatron_dapo.sync.verify import Probe, VerifiedSync
 from megatron_dapo.trainer import Trainer
 from megatron_dapo.training_step import StepRules, final_rewards
 from megatron_dapo.types import IntArray, Prompt, SamplingParams
@@ -135,8 +139,10 @@ def building_trainer(
     found = checkpoints.find(config.trainer.resume_mode)
     first_step = 0 if found is None else found.meta.step + 1
     interrupts = Interrupts()
-    engine = RolloutFleet(group, interrupts.check)
+    sync = _weight_sync(config, group, policy, partial(console.print, markup=False, highlight=False))
+    engine = RolloutFleet(group, interrupts.check, sync.restore)
     with ExitStack() as stack:
+        stack.callback(_close_engines, group)
         pool: RewardPool[Any] = stack.enter_context(_reward_pool(config))
         expected = config.data.train_batch_size * config.actor_rollout_ref.rollout.n
         scorer = GuardedPool(pool, config.reward_model.max_failure_rate, expected)
@@ -159,7 +165,7 @@ def building_trainer(
             policy=policy,
             engine=engine,
             sampler=_sampler(config, datasets.train, engine, scorer, decode, policy),
-            sync=_weight_sync(config, group, policy),
+            sync=sync,
             evaluator=None if datasets.val is None else _evaluator(config, datasets.val, engine, pool, decode),
             scorer=scorer,
             loggers=stack.enter_context(Loggers(config.trainer.logger, info)),
@@ -221,10 +227,19 @@ def building_evaluator(
     config: RunConfig, group: WorkerGroup, prompts: PromptDataset, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[Evaluator[RewardTask]]:
     """An evaluator of the checkpoint's own weights."""
-    group.call_all(load_checkpoint_weights, config.actor_rollout_ref.model.path)
-    engine = RolloutFleet(group, lambda: None)
-    with _reward_pool(config) as pool:
+    sync = RestoringSync(CheckpointSync(group, config.actor_rollout_ref.model.path), group, print)
+    engine = RolloutFleet(group, lambda: None, sync.restore)
+    with ExitStack() as stack:
+        stack.callback(_close_engines, group)
+        sync.push(0)
+        pool = stack.enter_context(_reward_pool(config))
         yield _evaluator(config, prompts, engine, pool, _decoder(tokenizer))
+
+
+def _close_engines(group: WorkerGroup) -> None:
+    """Where the ranks still listen; servers of those that do not end with them."""
+    with suppress(WorkerError, RuntimeError):
+        group.call_all(RolloutWorker.close)
 
 
 def training_steps(config: RunConfig, prompts: int) -> int:
@@ -283,7 +298,11 @@ def _limits(config: RunConfig) -> PassLimits:
     )
 
 
-def _engine(config: RunConfig) -> TorchEngine:
+def _engine(config: RunConfig) -> RolloutEngine:
+    return ENGINES[config.actor_rollout_ref.rollout.name](config)
+
+
+def _torch_engine(config: RunConfig) -> TorchEngine:
     section = config.actor_rollout_ref
     return TorchEngine(
         section.model.path,
@@ -294,7 +313,9 @@ def _engine(config: RunConfig) -> TorchEngine:
     )
 
 
-def _weight_sync(config: RunConfig, group: WorkerGroup, policy: PolicyGroup) -> WeightSync:
+def _weight_sync(
+    config: RunConfig, group: WorkerGroup, policy: PolicyGroup, say: Callable[[str], None]
+) -> VerifiedSync:
     section = config.actor_rollout_ref
     settings, dtype = section.rollout.weight_sync, section.actor.megatron.params_dtype
     tolerance = _PROBE_TOLERANCE[dtype] if settings.probe_tolerance is None else settings.probe_tolerance
@@ -305,7 +326,22 @@ def _weight_sync(config: RunConfig, group: WorkerGroup, policy: PolicyGroup) -> 
         temperature=section.rollout.temperature,
         tolerance=tolerance,
     )
-    return make_weight_sync(Ranks(group, group), policy, settings, DTYPES[dtype], probe)
+    return make_weight_sync(Ranks(group, group), policy, settings, DTYPES[dtype], probe, say)
+
+
+def _sglang_engine(config: RunConfig) -> SGLangEngine:
+    section, where, rank = config.actor_rollout_ref, device(), int(os.environ.get("RANK", 0))
+    return SGLangEngine(
+        section.model.path,
+        end_token_ids(section.model.path),
+        section.rollout,
+        dtype=DTYPES[section.actor.megatron.params_dtype],
+        cuda_device=where.index if where.type == "cuda" else None,
+        log=Path(config.trainer.default_local_dir) / "logs" / f"sglang_rank{rank}.log",
+    )
+
+
+ENGINES: Mapping[str, Callable[[RunConfig], RolloutEngine]] = {"torch": _torch_engine, "sglang": _sglang_engine}
 
 
 def end_token_ids(model_path: str) -> tuple[int, ...]:

@@ -29,11 +29,13 @@ from megatron_dapo.mcore.parallel import shutdown
 from megatron_dapo.obs.summary import write_summary
 from megatron_dapo.rewards.failure_rate import RewardFailureRateError
 from megatron_dapo.rewards.pool import RewardWorkerError
+from megatron_dapo.rollout.failures import EngineFailedError, PortInUseError
 from megatron_dapo.runtime.group import WorkerError, WorkerGroup
 from megatron_dapo.runtime.host import WorkerHost
 from megatron_dapo.runtime.placement import PlacementError
 from megatron_dapo.runtime.spmd import SpmdControl
 from megatron_dapo.sync.errors import WeightSyncError
+from megatron_dapo.sync.restoring import EnginesKeepFailingError
 from megatron_dapo.trainer import TrainingDivergedError
 from megatron_dapo.types import CheckpointError
 from megatron_dapo.workers.policy_group import CheckpointWriteError
@@ -44,8 +46,11 @@ ENDINGS = (
     CheckpointWriteError,
     DamagedCheckpointError,
     ForeignCheckpointError,
+    EngineFailedError,
+    EnginesKeepFailingError,
     OtherPromptsError,
     PlacementError,
+    PortInUseError,
     PromptDataError,
     RewardFailureRateError,
     RewardWorkerError,

@@ -31,6 +31,7 @@ from megatron_dapo.rewards.failure_rate import RewardFailureRateError
 from megatron_dapo.rewards.guarded import GuardedPool
 from megatron_dapo.sync.embedded import WeightSync
 from megatron_dapo.sync.errors import WeightSyncError
+from megatron_dapo.sync.restoring import EnginesKeepFailingError
 from megatron_dapo.training_step import PreparedStep, StepRules, prepare_step
 from megatron_dapo.workers.policy_group import PolicyGroup, UpdateResult
 from megatron_dapo.workers.rollout import RolloutFleet
@@ -48,6 +49,7 @@ _SAVED_FIRST = (
     SamplingExhausted,
     RewardFailureRateError,
     WeightSyncError,
+    EnginesKeepFailingError,
 )
 
 
@@ -102,8 +104,8 @@ class Trainer:
 
         Raises:
             KeyboardInterrupt, SystemExit: asked for by Ctrl-C, SIGTERM or SIGUSR1.
-            TrainingDivergedError, SamplingExhausted, RewardFailureRateError, WeightSyncError: see there. The state
-                is saved first, in all these cases.
+            TrainingDivergedError, SamplingExhausted, RewardFailureRateError, WeightSyncError, EnginesKeepFailingError:
+                see there. The state is saved first, in all these cases.
             CheckpointWriteError: a checkpoint could not be written, nor at a second try.
         """
         try:

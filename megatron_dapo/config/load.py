@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_dapo.config.convert import build, leaf_types, to_dict
-from megatron_dapo.config.recipe_keys import RECIPE_KEYS, Notice, check_shared, no_meaning, translate
+from megatron_dapo.config.recipe_keys import RECIPE_KEYS, Notice, check_shared, no_meaning, translate, without_effect
 from megatron_dapo.config.tree import ConfigError, RunConfig
 
 _LEAVES = frozenset(leaf_types(RunConfig))
@@ -28,7 +28,7 @@ _SHORT = {"runtime": "runtime.name"}
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """The resolved tree, and what to say of the recipe's keys that did not go into it as they stand."""
+    """The resolved tree, and what to say of keys that did not go into it as they stand or do nothing."""
 
     config: RunConfig
     notices: tuple[Notice, ...]
@@ -52,7 +52,7 @@ def load_config(path: str | None, overrides: Sequence[str]) -> LoadedConfig:
     translation = translate(recipe, given=own)
     config = build(RunConfig, {**own, **translation.settings})
     check_shared(translation.shared, config)
-    return LoadedConfig(config, translation.notices)
+    return LoadedConfig(config, translation.notices + without_effect(own, config))
 
 
 def to_yaml(config: RunConfig) -> str:

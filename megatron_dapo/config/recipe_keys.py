@@ -18,7 +18,7 @@ from megatron_dapo.config.tree import ConfigError, RunConfig
 
 @dataclass(frozen=True)
 class Notice:
-    """A given key that did not go into the tree as it stands; printed at the start and by --dry-run."""
+    """A given key that did not go into the tree as it stands or does nothing; printed at the start and by --dry-run."""
 
     key: str
     value: Any
@@ -132,11 +132,11 @@ RECIPE_KEYS: Mapping[str, Same | Translated | SharedWith | NoEffect] = {
     f"{_ROLLOUT}.val_kwargs.top_p": Same(),
     f"{_ROLLOUT}.val_kwargs.top_k": Same(),
     f"{_ROLLOUT}.val_kwargs.do_sample": Same(),
-    f"{_ROLLOUT}.gpu_memory_utilization": NoEffect("the embedded engine takes the memory that it needs"),
-    f"{_ROLLOUT}.tensor_model_parallel_size": NoEffect("the embedded engine is not tensor-parallel"),
-    f"{_ROLLOUT}.enable_chunked_prefill": NoEffect("the embedded engine prefills a prompt whole, once a group"),
-    f"{_ROLLOUT}.max_num_batched_tokens": NoEffect("the embedded engine limits sequences: rollout.max_num_seqs"),
-    f"{_ROLLOUT}.enforce_eager": NoEffect("the embedded engine has no CUDA graphs"),
+    f"{_ROLLOUT}.gpu_memory_utilization": Same(),
+    f"{_ROLLOUT}.tensor_model_parallel_size": Same(),
+    f"{_ROLLOUT}.enable_chunked_prefill": Same(),
+    f"{_ROLLOUT}.max_num_batched_tokens": Same(),
+    f"{_ROLLOUT}.enforce_eager": Same(),
     "reward_model.reward_manager": Same(),
     "reward_model.overlong_buffer.enable": Same(),
     "reward_model.overlong_buffer.len": Same(),
@@ -165,6 +165,15 @@ RECIPE_KEYS: Mapping[str, Same | Translated | SharedWith | NoEffect] = {
     f"{_MODEL}.override_config.attention_dropout": _NO_DROPOUT,
     f"{_MODEL}.override_config.embd_pdrop": _NO_DROPOUT,
     f"{_MODEL}.override_config.resid_pdrop": _NO_DROPOUT,
+}
+
+# Settings of the tree that the embedded engine (rollout.name=torch) has no use for -> why.
+NOT_OF_THE_EMBEDDED_ENGINE: Mapping[str, str] = {
+    f"{_ROLLOUT}.gpu_memory_utilization": "the embedded engine takes the memory that it needs",
+    f"{_ROLLOUT}.tensor_model_parallel_size": "the embedded engine is not tensor-parallel",
+    f"{_ROLLOUT}.enable_chunked_prefill": "the embedded engine prefills a prompt whole, once a group",
+    f"{_ROLLOUT}.max_num_batched_tokens": "the embedded engine limits sequences: rollout.max_num_seqs",
+    f"{_ROLLOUT}.enforce_eager": "the embedded engine has no CUDA graphs",
 }
 
 # Of the recipe's trainer, without a meaning here: a key, or a section with all that is below it -> why.
@@ -229,6 +238,14 @@ def check_shared(shared: Mapping[str, Any], config: RunConfig) -> None:
         own = reduce(getattr, entry.key.split("."), config)
         if own != value:
             raise ConfigError(f"{key} is {value}, but {entry.key} is {own}: {entry.reason}; give both one value")
+
+
+def without_effect(given: Mapping[str, Any], config: RunConfig) -> tuple[Notice, ...]:
+    """Of the settings given in the tree, dotted name -> value, those that the chosen engine does not look at."""
+    if config.actor_rollout_ref.rollout.name != "torch":
+        return ()
+    reasons = NOT_OF_THE_EMBEDDED_ENGINE
+    return tuple(Notice(key, given[key], "no effect", reason) for key, reason in reasons.items() if key in given)
 
 
 def no_meaning(key: str) -> str | None:

@@ -289,12 +289,19 @@ class WeightSyncConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    name: Literal["torch"] = "torch"
+    name: Literal["torch", "sglang"] = "torch"  # the embedded engine, or SGLang's server (docs/engines.md)
     n: int = 8  # responses a prompt
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
     max_num_seqs: int = 256  # sequences that an engine decodes at once
+    # What follows up to `deterministic` is not for the embedded engine, which has no such thing.
+    tensor_model_parallel_size: int = 1  # GPUs of one engine
+    gpu_memory_utilization: float = 0.5  # of a GPU's memory, for weights and cache together; not on a CPU
+    enforce_eager: bool = False  # no CUDA graphs
+    enable_chunked_prefill: bool = True
+    max_num_batched_tokens: int = 8192  # tokens of a prefill's chunk
+    deterministic: bool = False  # a response depends on its seed, not on its company: slower kernels, CUDA only
     log_prob_use_dynamic_bsz: bool = True
     log_prob_max_token_len_per_gpu: int | None = None  # ppo_max_token_len_per_gpu if absent
     val_kwargs: ValKwargsConfig = field(default_factory=ValKwargsConfig)
@@ -302,7 +309,9 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "n", "max_num_seqs", "log_prob_max_token_len_per_gpu")
-        above(self, 0, "temperature")
+        at_least(self, 1, "tensor_model_parallel_size", "max_num_batched_tokens")
+        above(self, 0, "temperature", "gpu_memory_utilization")
+        at_most(self, 1, "gpu_memory_utilization")
         for name, off in (("top_p", 1.0), ("top_k", -1)):
             if getattr(self, name) != off:
                 raise ConfigError(

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
 from megatron_dapo.types import Completion, Request
 
+Tag = Literal["weights", "kv_cache"]
+ALL_TAGS: tuple[Tag, ...] = ("weights", "kv_cache")
+
 
 class RolloutEngine(Protocol):
+    """All but `close` and `restart` may raise EngineFailedError (`failures.py`) where the engine is another process."""
+
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests. What is submitted in one call may be batched together, never with another call's."""
         ...
@@ -28,6 +33,14 @@ class RolloutEngine(Protocol):
         """Drop all pending requests; `pending` is 0 afterwards."""
         ...
 
+    def pause(self) -> None:
+        """Write nothing until `resume`; pending requests stay pending and go on where they were."""
+        ...
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        ...
+
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Replace every weight by the Hugging Face name; completions carry `version` from here on.
 
@@ -42,4 +55,20 @@ class RolloutEngine(Protocol):
         An engine of several ranks adds up (`add_checksums`) what each computes of its slices. A tied output projection
         is not named.
         """
+        ...
+
+    def sleep(self, tags: Sequence[Tag]) -> None:
+        """Give the memory of `tags` up. Nothing may be pending. Weights are gone: load them after `wake`."""
+        ...
+
+    def wake(self, tags: Sequence[Tag]) -> None:
+        """Take the memory of `tags` back."""
+        ...
+
+    def restart(self) -> None:
+        """As it was when it was made: nothing pending, no weights. Also after it has failed."""
+        ...
+
+    def close(self) -> None:
+        """End it, with the processes that it started."""
         ...

@@ -23,14 +23,12 @@ from transformers import PreTrainedConfig
 from megatron_dapo.algo.checksum import checksum
 from megatron_dapo.rollout.chunk import Chunk
 from megatron_dapo.rollout.decoder import Decoder, build_model
-from megatron_dapo.rollout.sampling import check_params
+from megatron_dapo.rollout.engine import Tag
+from megatron_dapo.rollout.failures import WeightsNotLoadedError
+from megatron_dapo.rollout.request_check import RequestCheck
 from megatron_dapo.types import Completion, Request
 
 _STEPS_PER_POLL = 8
-
-
-class WeightsNotLoadedError(RuntimeError):
-    """Generation was asked for before a first, or after a failed, `load_weights`."""
 
 
 class TorchEngine:
@@ -59,17 +57,14 @@ class TorchEngine:
         self._device = torch.device(device)
         self._model = build_model(model_path_or_config, self._device, dtype)
         self._decoder = Decoder(self._model)
-        self._vocab_size: int = self._model.config.vocab_size
-        self._max_positions: int = self._model.config.max_position_embeddings
-        outside = [i for i in eos_token_ids if not 0 <= i < self._vocab_size]
-        if outside:
-            raise ValueError(f"eos_token_ids {outside} are outside the model's vocabulary of {self._vocab_size}")
+        self._check = RequestCheck(self._model.config, eos_token_ids)
         self._eos = np.array(sorted(eos_token_ids), np.int64)
         self._max_num_seqs = max_num_seqs
         self._version: int | None = None  # None: there are no weights to generate with
         self._queue: deque[tuple[int, Sequence[Request]]] = deque()  # chunks to come, and their weight version
         self._chunk: Chunk | None = None
         self._pending: set[tuple[int, int]] = set()
+        self._paused = False
 
     @property
     def pending(self) -> int:
@@ -86,17 +81,8 @@ class TorchEngine:
         """
         if self._version is None:
             raise WeightsNotLoadedError("no weights to generate with: call load_weights with the whole model first")
-        names: set[tuple[int, int]] = set()
-        for request in requests:
-            name = (request.draw_index, request.sample_index)
-            try:
-                self._check(request)
-            except ValueError as error:
-                raise ValueError(f"request (draw {name[0]}, sample {name[1]}): {error}") from error
-            if name in self._pending or name in names:
-                raise ValueError(f"request (draw {name[0]}, sample {name[1]}) is pending already; number draws anew")
-            names.add(name)
-        self._pending |= names
+        self._check.all(requests, self._pending)
+        self._pending |= {(request.draw_index, request.sample_index) for request in requests}
         for start in range(0, len(requests), self._max_num_seqs):
             self._queue.append((self._version, tuple(requests[start : start + self._max_num_seqs])))
 
@@ -107,6 +93,8 @@ class TorchEngine:
         Raises:
             FloatingPointError: the model's logits are not finite. The requests stay pending until `abort`.
         """
+        if self._paused:
+            return []
         if self._chunk is None:
             if not self._queue:
                 return []
@@ -170,18 +158,29 @@ class TorchEngine:
     def weight_checksums(self) -> dict[str, int]:
         return {name: checksum(param) for name, param in self._model.named_parameters()}
 
-    def _check(self, request: Request) -> None:
-        check_params(request.params)
-        prompt = request.prompt_ids
-        if len(prompt) == 0:
-            raise ValueError("the prompt is empty; it needs at least 1 token")
-        if prompt.min() < 0 or prompt.max() >= self._vocab_size:
-            raise ValueError(
-                f"prompt ids range from {prompt.min()} to {prompt.max()}; the vocabulary ends at {self._vocab_size - 1}"
-            )
-        total = len(prompt) + request.params.max_tokens
-        if total > self._max_positions:
-            raise ValueError(
-                f"{len(prompt)} prompt tokens + max_tokens {request.params.max_tokens} = {total} is more than the "
-                f"model's {self._max_positions} positions; use max_tokens {self._max_positions - len(prompt)} or less"
-            )
+    def pause(self) -> None:
+        self._paused = True
+
+    def resume(self) -> None:
+        self._paused = False
+
+    def sleep(self, tags: Sequence[Tag]) -> None:
+        """Nothing to give up: the cache is gone when a chunk is through, and the weights are a tiny model's.
+
+        Raises:
+            RuntimeError: requests are pending.
+        """
+        if self._pending:
+            raise RuntimeError(f"sleep while {self.pending} requests are pending: poll until none is, or abort them")
+        if "weights" in tags:
+            self._version = None
+
+    def wake(self, tags: Sequence[Tag]) -> None:
+        """Nothing to take back."""
+
+    def restart(self) -> None:
+        self.abort()
+        self._paused, self._version = False, None
+
+    def close(self) -> None:
+        """There is no process to end."""

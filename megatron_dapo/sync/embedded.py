@@ -1,4 +1,4 @@
-"""Weights from the policy into the engine that lives in the same process, on every rank."""
+"""Weights from the policy into the engine of the same rank: in its process, or its child."""
 
 from __future__ import annotations
 
@@ -25,11 +25,22 @@ class EmbeddedSync:
         self._group.call_all(load_own_weights, version)
 
 
+class CheckpointSync:
+    """The weights of a Hugging Face checkpoint in place of a policy's."""
+
+    def __init__(self, group: WorkerGroup, path: str):
+        self._group, self._path = group, path
+
+    def push(self, version: int) -> None:
+        self._group.call_all(load_checkpoint_weights, (self._path, version))
+
+
 def load_own_weights(host: WorkerHost, version: int) -> None:
     """Collective over tensor and pipeline parallelism, one tensor at a time."""
-    host.get(RolloutWorker).engine.load_weights(host.get(PolicyWorker).export(), version)
+    host.get(RolloutWorker).load_weights(host.get(PolicyWorker).export(), version)
 
 
-def load_checkpoint_weights(host: WorkerHost, path: str) -> None:
-    """A Hugging Face checkpoint straight into the engine, as version 0."""
-    host.get(RolloutWorker).engine.load_weights(read_hf(path), 0)
+def load_checkpoint_weights(host: WorkerHost, named: tuple[str, int]) -> None:
+    """A Hugging Face checkpoint straight into the engine: (path, version)."""
+    path, version = named
+    host.get(RolloutWorker).load_weights(read_hf(path), version)

@@ -183,7 +183,7 @@ def exchange_weights(host: WorkerHost, version: int) -> str:
         arriving = worker.transport.exchange()
         if worker.has_engine:
             try:
-                host.get(RolloutWorker).engine.load_weights(arriving, version)
+                host.get(RolloutWorker).load_weights(arriving, version)
             except ValueError as error:
                 refusal = str(error)
         for _ in arriving:  # the others count on this process's part, also where its engine refuses

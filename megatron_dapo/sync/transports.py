@@ -9,6 +9,7 @@ import torch
 from megatron_dapo.config.tree import ConfigError, WeightSyncConfig
 from megatron_dapo.sync.embedded import EmbeddedSync, WeightSync
 from megatron_dapo.sync.plan import Plan, make_plan
+from megatron_dapo.sync.restoring import RestoringSync
 from megatron_dapo.sync.staged import StagedSync
 from megatron_dapo.sync.survey import Ranks, Survey, survey
 from megatron_dapo.sync.verify import Probe, VerifiedSync
@@ -58,9 +59,14 @@ def choose(transport: str, ranks: Ranks, seen: Survey) -> str:
 
 
 def make_weight_sync(
-    ranks: Ranks, policy: PolicyGroup, config: WeightSyncConfig, dtype: torch.dtype, probe: Probe
+    ranks: Ranks,
+    policy: PolicyGroup,
+    config: WeightSyncConfig,
+    dtype: torch.dtype,
+    probe: Probe,
+    say: Callable[[str], None],
 ) -> VerifiedSync:
-    """The way for a whole run; collective over all ranks.
+    """The way for a whole run; collective over all ranks. `say` is told of every engine that is started again.
 
     Raises:
         ConfigError: the transport that is asked for cannot work here.
@@ -71,7 +77,8 @@ def make_weight_sync(
     apart = name == "broadcast" and seen.one_host
     plan = make_plan(seen.shape, seen.topology(ranks.processes, each_its_own_node=apart), dtype.itemsize)
     inner = TRANSPORTS[name](ranks, plan, seen, config.bucket_bytes)
-    return VerifiedSync(inner, ranks, policy, plan, dtype, probe, config.verify_every)
+    restoring = RestoringSync(inner, ranks.engines, say)
+    return VerifiedSync(restoring, ranks, policy, plan, dtype, probe, config.verify_every)
 
 
 def _check_one_host(name: str, seen: Survey) -> None:

@@ -17,10 +17,10 @@ import torch
 
 from megatron_dapo.algo.checksum import add_checksums, checksum
 from megatron_dapo.runtime.host import WorkerHost
-from megatron_dapo.sync.embedded import WeightSync
 from megatron_dapo.sync.errors import WeightSyncError
 from megatron_dapo.sync.plan import Plan
 from megatron_dapo.sync.regions import Region
+from megatron_dapo.sync.restoring import RestoringSync
 from megatron_dapo.sync.slices import LocalSlices
 from megatron_dapo.sync.survey import Ranks
 from megatron_dapo.types import Completion, Request, SamplingParams, SequenceBatch
@@ -51,11 +51,11 @@ class Probe:
 
 
 class VerifiedSync:
-    """A `WeightSync` around another: its first push and every `every`th after it are verified."""
+    """A `WeightSync` around another: its first push, every `every`th after it and every restart are verified."""
 
     def __init__(
         self,
-        inner: WeightSync,
+        inner: RestoringSync,
         ranks: Ranks,
         policy: PolicyGroup,
         plan: Plan,
@@ -70,29 +70,46 @@ class VerifiedSync:
         """
         self.inner, self._ranks, self._policy, self._probe, self._every = inner, ranks, policy, probe, every
         self._shards = [CheckedRegions(regions, dtype) for regions in plan.spoken_for]
-        self._pushes = 0
+        self._pushes, self._version = 0, 0
 
     def push(self, version: int) -> None:
         """Raises WeightSyncError: an engine refused the weights, or does not have what the policy has."""
+        self._version = version
         self.inner.push(version)
         if self._pushes == 0 or (self._every and self._pushes % self._every == 0):
-            self._check_sums(version)
-            self._check_probe(version)
+            self._verify()
         self._pushes += 1
 
-    def _check_sums(self, version: int) -> None:
+    def restore(self) -> None:
+        """Start failed engines again, with the weights of the last push. Errors as for `RestoringSync.restore`."""
+        self.inner.restore()
+        self._verify()
+
+    def _verify(self) -> None:
+        """Once more from the start where an engine fails meanwhile."""
+        while not (self._sums_agree(self._version) and self._probe_agrees(self._version)):
+            self.inner.restore()
+
+    def _sums_agree(self, version: int) -> bool:
+        """False if an engine failed."""
         parts: dict[str, list[int]] = defaultdict(list)
         for of_rank in self._ranks.policy.call(policy_checksums, self._shards):
             for name, part in of_rank.items():
                 parts[name].append(part)
         wanted = {name: add_checksums(found) for name, found in parts.items()}
-        for engine, found in enumerate(self._ranks.engines.call_all(engine_checksums)):
-            raise_on_difference(wanted, found, engine, version)
+        held = self._ranks.engines.call_all(RolloutWorker.weight_checksums)
+        for engine, found in enumerate(held):
+            if found is not None:
+                raise_on_difference(wanted, found, engine, version)
+        return None not in held
 
-    def _check_probe(self, version: int) -> None:
+    def _probe_agrees(self, version: int) -> bool:
+        """False if an engine failed."""
         request = self._probe.request
         answers = self._ranks.engines.call(RolloutWorker.generate, [[request]] * self._ranks.engines.size)
         completions = [completion for of_rank in answers for some in of_rank for completion in some]
+        if len(completions) < len(answers):
+            return False
         logp = self._policy.log_probs(_sequences(request, completions))
         start = 0
         for engine, completion in enumerate(completions):
@@ -111,6 +128,7 @@ class VerifiedSync:
                     "the engine computes with something else, such as a prefix cache that was not flushed, or in "
                     "another precision (actor_rollout_ref.rollout.weight_sync.probe_tolerance)"
                 )
+        return True
 
 
 @dataclass(frozen=True)
@@ -127,10 +145,6 @@ def policy_checksums(host: WorkerHost, shard: CheckedRegions) -> dict[str, int]:
         part = checksum(slices.view(region).to(shard.dtype), region.rows[0], region.cols[0])
         found[region.name] = add_checksums((found.get(region.name, 0), part))
     return found
-
-
-def engine_checksums(host: WorkerHost, _: None) -> dict[str, int]:
-    return dict(host.get(RolloutWorker).engine.weight_checksums())
 
 
 def raise_on_difference(wanted: Mapping[str, int], found: Mapping[str, int], engine: int, version: int) -> None:

@@ -1,26 +1,78 @@
-"""Rollout over a worker group: an engine on each rank, and one engine to the driver that spreads requests over them."""
+"""Rollout over a worker group: an engine on each rank, and one engine to the driver that spreads requests over them.
+
+An engine that is another process may die or hang. Its rank notes it and goes on; the driver sees which requests never
+came back, has the engines restored with the present weights, and gives those requests to them again, seeds and all.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from torch import Tensor
 
 from megatron_dapo.rollout.engine import RolloutEngine
+from megatron_dapo.rollout.failures import EngineFailedError, PortInUseError
 from megatron_dapo.runtime.group import Handle, WorkerGroup
 from megatron_dapo.types import Completion, Request
 
 
 class RolloutWorker:
-    """One rank's engine."""
+    """One rank's engine. `failure`, in words, is why it needs a restart; empty where it is well."""
 
     def __init__(self, engine: RolloutEngine):
         self.engine = engine
+        self.failure = ""
 
     def generate(self, requests: Sequence[Request]) -> Iterator[list[Completion]]:
-        """Completions as they finish."""
-        self.engine.submit(requests)
-        while self.engine.pending:
-            yield self.engine.poll()
+        """Completions as they finish; fewer than requests where the engine fails."""
+        if self.failure:
+            return
+        try:
+            self.engine.submit(requests)
+            while self.engine.pending:
+                yield self.engine.poll()
+        except EngineFailedError as error:
+            self.failure = str(error)
+
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Into the engine. All of `tensors` are taken, whatever becomes of it: other ranks take part in making them.
+
+        Raises:
+            ValueError: the engine has no such weights.
+        """
+        arriving = iter(tensors)
+        try:
+            if not self.failure:
+                self.engine.load_weights(arriving, version)
+        except EngineFailedError as error:
+            self.failure = str(error)
+        finally:
+            for _ in arriving:
+                pass
+
+    def weight_checksums(self, _: None) -> Mapping[str, int] | None:
+        """See `RolloutEngine.weight_checksums`. None from a failed engine."""
+        try:
+            return None if self.failure else dict(self.engine.weight_checksums())
+        except EngineFailedError as error:
+            self.failure = str(error)
+            return None
+
+    def report_failure(self, _: None) -> str:
+        return self.failure
+
+    def restart_failed(self, _: None) -> None:
+        """Start the engine again if it has failed; it has no weights then. A start that fails is a failure again."""
+        if self.failure:
+            try:
+                self.engine.restart()
+                self.failure = ""
+            except (EngineFailedError, PortInUseError) as error:
+                self.failure = str(error)
+
+    def close(self, _: None) -> None:
+        self.engine.close()
 
 
 class RolloutFleet:
@@ -28,14 +80,16 @@ class RolloutFleet:
 
     Requests of one `submit` call are spread over the ranks by draw, in the order in which the draws come, so that a
     prompt's responses share one engine's prefill. Calls take turns. `checkpoint` is called between completions:
-    it may raise to end the rollout, and `abort` then leaves every rank idle.
+    it may raise to end the rollout, and `abort` then leaves every rank idle. `restore` is called when a rank has
+    answered less than it was asked, and no call is under way: it starts failed engines and gives them weights, or
+    raises.
     """
 
-    def __init__(self, group: WorkerGroup, checkpoint: Callable[[], None]):
-        self._group, self._checkpoint = group, checkpoint
+    def __init__(self, group: WorkerGroup, checkpoint: Callable[[], None], restore: Callable[[], None]):
+        self._group, self._checkpoint, self._restore = group, checkpoint, restore
         self._queue: deque[Sequence[Request]] = deque()
         self._arrivals: Iterator[tuple[int, list[Completion]]] | None = None
-        self._awaited = 0  # completions of the call under way still to come
+        self._awaited: dict[tuple[int, int], Request] = {}  # of the call under way
         self._pending = 0
         self.tokens_written = 0  # response tokens of all completions so far
 
@@ -54,9 +108,14 @@ class RolloutFleet:
             if not self._queue:
                 return []
             requests = self._queue.popleft()
-            self._arrivals, self._awaited = iter(self._start(requests)), len(requests)
-        _, completions = next(self._arrivals)
-        self._awaited -= len(completions)
+            self._awaited = {(r.draw_index, r.sample_index): r for r in requests}
+            self._arrivals = iter(self._start(requests))
+        _, completions = next(self._arrivals, (0, None))
+        if completions is None:
+            self._write_again()
+            return []
+        for completion in completions:
+            del self._awaited[completion.draw_index, completion.sample_index]
         self._pending -= len(completions)
         self.tokens_written += sum(len(completion.token_ids) for completion in completions)
         if not self._awaited:
@@ -69,11 +128,18 @@ class RolloutFleet:
         self._finish()
         self._pending = 0
 
+    def _write_again(self) -> None:
+        """All ranks are through, and requests are left: an engine has failed."""
+        unfinished = tuple(self._awaited.values())
+        self._arrivals, self._awaited = None, {}
+        self._restore()
+        self._queue.appendleft(unfinished)
+
     def _finish(self) -> None:
         """Take what the ranks still have to say of the call under way, so that the next one can start."""
         for _ in self._arrivals or ():
             pass
-        self._arrivals, self._awaited = None, 0
+        self._arrivals, self._awaited = None, {}
 
     def _start(self, requests: Sequence[Request]) -> Handle:
         order = {draw: number for number, draw in enumerate(dict.fromkeys(r.draw_index for r in requests))}

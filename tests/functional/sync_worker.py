@@ -108,11 +108,11 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     policy = PolicyGroup(group, PassLimits(limits, limits, limits))
     config = WeightSyncConfig(case["transport"], case["bucket_bytes"], verify_every=1)
     probe = Probe(worker.shape.vocab_size, 8, 8, case.get("temperature", 1.0), 1e-4)
-    sync = make_weight_sync(Ranks(group, group), policy, config, torch.float32, probe)
+    sync = make_weight_sync(Ranks(group, group), policy, config, torch.float32, probe, print)
     if (fault := case.get("fault")) and dist.get_rank() == case["at_rank"]:
         through = host.get(SyncWorker)
         through.transport = Faulty(through.transport, fault)
-    found: dict[str, Any] = {"in_process": isinstance(sync.inner, EmbeddedSync), "error": ""}
+    found: dict[str, Any] = {"in_process": isinstance(sync.inner.inner, EmbeddedSync), "error": ""}
     gaps = []
     try:
         for version in (0, 1, 2):

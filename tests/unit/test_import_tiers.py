@@ -40,8 +40,8 @@ OWNERS = {
     "transformer_engine": "mcore/",
     "triton": "mcore/fused/kernels.py",
     "ray": "runtime/ray.py",
-    "sglang": "rollout/sglang.py",
-    "vllm": "rollout/vllm.py",
+    "sglang": "rollout/sglang_engine.py",
+    "vllm": "rollout/vllm_engine.py",
     "wandb": "obs/",
     "tensorboard": "obs/",
 }
@@ -108,7 +108,7 @@ def test_an_import_against_the_tiers_is_told(path: str, text: str, fault: str) -
         ("workers/policy.py", "from megatron.core import parallel_state"),
         ("runtime/spmd.py", "import ray"),
         ("rollout/torch_engine.py", "import vllm.engine"),
-        ("rollout/vllm.py", "def f():\n    import sglang as s"),
+        ("rollout/vllm_engine.py", "def f():\n    import sglang as s"),
     ],
 )
 def test_a_library_outside_its_place_is_told(path: str, text: str) -> None:

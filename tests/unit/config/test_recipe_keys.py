@@ -112,6 +112,9 @@ NO_EFFECT: dict[str, Any] = {
     "actor_rollout_ref.actor.fsdp_config.param_offload": True,
     "actor_rollout_ref.actor.fsdp_config.fsdp_size": -1,
     "actor_rollout_ref.ref.fsdp_config.param_offload": True,
+}
+# In the tree under the same name, and announced as long as the engine is the embedded one.
+OF_OTHER_ENGINES: dict[str, Any] = {
     "actor_rollout_ref.rollout.gpu_memory_utilization": 0.7,
     "actor_rollout_ref.rollout.tensor_model_parallel_size": 4,
     "actor_rollout_ref.rollout.enable_chunked_prefill": True,
@@ -131,7 +134,7 @@ def at(config: object, key: str) -> Any:
 
 @pytest.mark.parametrize("name", OWN)
 def test_each_key_of_a_script_has_the_value_that_the_script_gives_it(name):
-    same = COMMON | OWN[name]
+    same = COMMON | OWN[name] | OF_OTHER_ENGINES
     keys = {line.split("=", 1)[0] for line in overrides(name)}
     assert keys == {*same, *TRANSLATED, *NO_EFFECT}
 
@@ -146,16 +149,16 @@ def test_each_key_of_a_script_has_the_value_that_the_script_gives_it(name):
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_each_key_that_the_tree_does_not_have_is_announced(name):
+def test_each_key_that_the_tree_does_not_have_or_the_engine_not_look_at_is_announced(name):
     notices = {notice.key: notice for notice in load_config(None, overrides(name)).notices}
     assert {key: (notice.value, notice.status) for key, notice in notices.items()} == {
         **{key: (value, "translated") for key, (value, _) in TRANSLATED.items()},
-        **{key: (value, "no effect") for key, value in NO_EFFECT.items()},
+        **{key: (value, "no effect") for key, value in (NO_EFFECT | OF_OTHER_ENGINES).items()},
     }
     for key, (_, settings) in TRANSLATED.items():
         for place, value in settings.items():
             assert f"{place}={value}" in notices[key].text
-    for key in NO_EFFECT:
+    for key in NO_EFFECT | OF_OTHER_ENGINES:
         assert len(notices[key].text) > 20, "says why"
 
 
@@ -200,6 +203,7 @@ def test_an_engine_setting_without_effect_is_announced(override):
     loaded = load_config(None, [override])
     assert loaded.config == RunConfig()
     assert [notice.status for notice in loaded.notices] == ["no effect"]
+    assert load_config(None, [override, "actor_rollout_ref.rollout.name=sglang"]).notices == ()
 
 
 def test_a_dropout_of_0_is_announced_and_another_is_refused():

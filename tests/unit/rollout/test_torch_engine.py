@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from megatron_dapo.rollout.failures import WeightsNotLoadedError
 from megatron_dapo.rollout.sampling import uniforms
-from megatron_dapo.rollout.torch_engine import TorchEngine, WeightsNotLoadedError
+from megatron_dapo.rollout.torch_engine import TorchEngine
 from megatron_dapo.types import Completion, Request, SamplingParams
 from tests.unit.rollout.reference import (
     CONFIGS,

@@ -26,6 +26,10 @@ from tests.unit.workers.one_rank import (
 )
 
 
+def no_failures() -> None:
+    raise AssertionError("no engine has failed")
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model") / "qwen2")
@@ -41,7 +45,7 @@ def group(model: Path) -> Iterator[SpmdGroup]:
 
 
 def write(group: SpmdGroup, requests: Sequence[Request]) -> list[Completion]:
-    fleet = RolloutFleet(group, lambda: None)
+    fleet = RolloutFleet(group, lambda: None, no_failures)
     fleet.submit(requests)
     found = []
     while fleet.pending:
@@ -82,7 +86,7 @@ def test_after_every_update_engine_and_policy_agree(group: SpmdGroup):
 
 def test_weights_come_from_the_policy_and_not_from_its_checkpoint(group: SpmdGroup, model: Path):
     requests = requests_of(draws=2, n=1)
-    group.call_all(load_checkpoint_weights, str(model))
+    group.call_all(load_checkpoint_weights, (str(model), 0))
     before = write(group, requests)
     assert {completion.weight_version for completion in before} == {0}
     batch = training_batch(sequences_of(requests, before), engine_logp(before))
@@ -90,7 +94,7 @@ def test_weights_come_from_the_policy_and_not_from_its_checkpoint(group: SpmdGro
     EmbeddedSync(group).push(1)
     after = write(group, requests)
     assert (after[0].logprobs[0], after[1].logprobs[0]) != (before[0].logprobs[0], before[1].logprobs[0])
-    group.call_all(load_checkpoint_weights, str(model))
+    group.call_all(load_checkpoint_weights, (str(model), 0))
     again = write(group, requests)
     assert [c.token_ids.tolist() for c in again] == [c.token_ids.tolist() for c in before]
     assert (engine_logp(again) == engine_logp(before)).all()

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_dapo.algo.checksum import checksum
 from megatron_dapo.config.tree import ConfigError, WeightSyncConfig
 from megatron_dapo.mcore.parallel import RankLayout
+from megatron_dapo.rollout.engine import RolloutEngine
+from megatron_dapo.rollout.failures import EngineDiedError
 from megatron_dapo.runtime.host import WorkerHost
 from megatron_dapo.runtime.spmd import SpmdControl, SpmdGroup
 from megatron_dapo.sync.errors import WeightSyncError
@@ -92,7 +95,7 @@ def group(model: Path) -> Iterator[SpmdGroup]:
 def sync_over(group: SpmdGroup, config: WeightSyncConfig, probe: Probe = PROBE) -> VerifiedSync:
     limits = MicroBatchLimits(1000, None)
     policy = PolicyGroup(group, PassLimits(limits, limits, limits))
-    return make_weight_sync(Ranks(group, group), policy, config, torch.float32, probe)
+    return make_weight_sync(Ranks(group, group), policy, config, torch.float32, probe, print)
 
 
 def weights_of(host: WorkerHost, _: None) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
@@ -170,9 +173,36 @@ def test_an_engine_of_another_version_is_told(group: SpmdGroup):
 
 
 def test_sums_of_both_sides_are_those_of_the_exported_tensors(group: SpmdGroup):
-    from megatron_dapo.algo.checksum import checksum
-
     sync_over(group, WeightSyncConfig("shared_memory")).push(0)
     ((sums, exported),) = group.call_all(weights_of)
     assert sums == {name: checksum(tensor) for name, tensor in exported.items()}
     assert np.unique(list(sums.values())).size == len(sums)
+
+
+class DyingEngine:
+    """Dies once, when it is asked for what is named."""
+
+    def __init__(self, inner: RolloutEngine, at: str):
+        self._inner, self._at = inner, at
+
+    def __getattr__(self, name: str):
+        if name == self._at:
+            self._at = ""
+            raise EngineDiedError("killed")
+        return getattr(self._inner, name)
+
+
+@pytest.mark.parametrize("at", ["weight_checksums", "poll", "load_weights"])
+def test_an_engine_that_dies_while_it_is_verified_is_started_again_and_verified(
+    group: SpmdGroup, at: str, capsys: pytest.CaptureFixture[str]
+):
+    group.call_all(put_dying_engine, at)
+    sync_over(group, WeightSyncConfig("auto")).push(3)
+    ((sums, exported),) = group.call_all(weights_of)
+    assert sums == {name: checksum(tensor) for name, tensor in exported.items()}
+    assert "engine 0: killed" in capsys.readouterr().out
+
+
+def put_dying_engine(host: WorkerHost, at: str) -> None:
+    worker = host.get(RolloutWorker)
+    worker.engine = DyingEngine(worker.engine, at)  # type: ignore[assignment]

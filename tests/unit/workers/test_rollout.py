@@ -19,6 +19,10 @@ from megatron_dapo.workers.rollout import RolloutFleet, RolloutWorker
 from tests.unit.workers.one_rank import engine_of, requests_of
 
 
+def no_failures() -> None:
+    raise AssertionError("no engine has failed")
+
+
 class Stop(Exception):  # noqa: N818  (it is no error)
     pass
 
@@ -35,7 +39,7 @@ def fleet_of(engine: TorchEngine) -> Iterator[Callable[..., RolloutFleet]]:
     with SpmdControl.connect() as control:
         host = WorkerHost()
         host.add(RolloutWorker(engine))
-        yield lambda checkpoint=lambda: None: RolloutFleet(control.group(host), checkpoint)
+        yield lambda checkpoint=lambda: None: RolloutFleet(control.group(host), checkpoint, no_failures)
 
 
 def drain(engine: RolloutFleet | TorchEngine) -> list[Completion]:
@@ -169,7 +173,7 @@ class ScriptedGroup:
 
 def test_responses_to_one_draw_share_a_rank_and_draws_go_round():
     group = ScriptedGroup(3)
-    fleet = RolloutFleet(group, lambda: None)
+    fleet = RolloutFleet(group, lambda: None, no_failures)
     requests = requests_of(draws=5, n=2, first_draw=10)
     fleet.submit(requests)
     assert names(drain(fleet)) == names(requests)
@@ -184,7 +188,7 @@ def test_responses_to_one_draw_share_a_rank_and_draws_go_round():
 
 def test_more_ranks_than_draws_leave_some_with_nothing():
     group = ScriptedGroup(4)
-    fleet = RolloutFleet(group, lambda: None)
+    fleet = RolloutFleet(group, lambda: None, no_failures)
     fleet.submit(requests_of(draws=1, n=3))
     assert len(drain(fleet)) == 3
     assert [len(shard) for shard in group.shards[0]] == [3, 0, 0, 0]

@@ -1,0 +1,3 @@
+"""A name alone: there are no image transforms here."""
+
+from . import InterpolationMode as InterpolationMode
