@@ -46,6 +46,7 @@ from megatron_dapo.rewards.table import RewardTask, VerifierSpec
 from megatron_dapo.rollout.engine import RolloutEngine
 from megatron_dapo.rollout.sglang_engine import SGLangEngine
 from megatron_dapo.rollout.torch_engine import TorchEngine
+from megatron_dapo.rollout.vllm_engine import VLLMEngine
 from megatron_dapo.runtime.group import WorkerError, WorkerGroup
 from megatron_dapo.runtime.host import WorkerHost
 from megatron_dapo.sync.embedded import CheckpointSync
@@ -329,19 +330,26 @@ def _weight_sync(
     return make_weight_sync(Ranks(group, group), policy, settings, DTYPES[dtype], probe, say)
 
 
-def _sglang_engine(config: RunConfig) -> SGLangEngine:
-    section, where, rank = config.actor_rollout_ref, device(), int(os.environ.get("RANK", 0))
-    return SGLangEngine(
-        section.model.path,
-        end_token_ids(section.model.path),
-        section.rollout,
-        dtype=DTYPES[section.actor.megatron.params_dtype],
-        cuda_device=where.index if where.type == "cuda" else None,
-        log=Path(config.trainer.default_local_dir) / "logs" / f"sglang_rank{rank}.log",
-    )
+def _served_by(engine: type[SGLangEngine] | type[VLLMEngine]) -> Callable[[RunConfig], RolloutEngine]:
+    def make(config: RunConfig) -> RolloutEngine:
+        section, where, rank = config.actor_rollout_ref, device(), int(os.environ.get("RANK", 0))
+        return engine(
+            section.model.path,
+            end_token_ids(section.model.path),
+            section.rollout,
+            dtype=DTYPES[section.actor.megatron.params_dtype],
+            cuda_device=where.index if where.type == "cuda" else None,
+            log=Path(config.trainer.default_local_dir) / "logs" / f"{section.rollout.name}_rank{rank}.log",
+        )
+
+    return make
 
 
-ENGINES: Mapping[str, Callable[[RunConfig], RolloutEngine]] = {"torch": _torch_engine, "sglang": _sglang_engine}
+ENGINES: Mapping[str, Callable[[RunConfig], RolloutEngine]] = {
+    "torch": _torch_engine,
+    "sglang": _served_by(SGLangEngine),
+    "vllm": _served_by(VLLMEngine),
+}
 
 
 def end_token_ids(model_path: str) -> tuple[int, ...]:

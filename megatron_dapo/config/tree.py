@@ -289,7 +289,7 @@ class WeightSyncConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    name: Literal["torch", "sglang"] = "torch"  # the embedded engine, or SGLang's server (docs/engines.md)
+    name: Literal["torch", "sglang", "vllm"] = "torch"  # the embedded engine, or a server (docs/engines.md)
     n: int = 8  # responses a prompt
     temperature: float = 1.0
     top_p: float = 1.0

@@ -23,6 +23,8 @@ def save_tiny_model(
     vocab: int = VOCAB,
     sharpness: float = 4.0,
     bf16: bool = False,
+    width: int = 32,
+    heads: int = 8,
 ) -> None:
     """A random model in fp32 whose norms and biases are not the identity, so that a lost one is seen.
 
@@ -31,11 +33,11 @@ def save_tiny_model(
     """
     sizes = {
         "vocab_size": vocab,
-        "hidden_size": 32,
+        "hidden_size": width,
         "intermediate_size": 48,
         "num_hidden_layers": layers,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8 if family == "llama" else 4,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads if family == "llama" else heads // 2,
         "max_position_embeddings": 128,
         "tie_word_embeddings": tied,
     }

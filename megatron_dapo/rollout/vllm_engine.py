@@ -1,0 +1,206 @@
+"""vLLM's own server as a rollout engine: a child process on this host, asked over HTTP.
+
+Its weights are never read from the checkpoint: they come through `load_weights`, by way of memory that both processes
+map, and `vllm_extension.py` in vLLM's worker. Written against vLLM 0.32.
+
+Log-probs are those of the distribution drawn from: of the softmax at the request's temperature, renormalised over
+top-k and top-p; at temperature 1 for a greedy request. What a request draws depends on its own seed; how far its
+log-probs depend on what else is decoded, on the kernels (`deterministic`, CUDA only).
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_dapo.config.tree import RolloutConfig
+from megatron_dapo.rollout.engine import ALL_TAGS, Tag
+from megatron_dapo.rollout.failures import EngineHangsError
+from megatron_dapo.rollout.http_engine import (
+    IDLE_SECONDS,
+    POLL_SECONDS,
+    HttpEngine,
+    ServerPlan,
+    command_line,
+    new_key,
+    refuse_on_cpu,
+)
+from megatron_dapo.rollout.vllm_extension import EXTENSION
+from megatron_dapo.rollout.vllm_key import KEY_VARIABLE, MIDDLEWARE
+from megatron_dapo.types import Completion, FinishReason, Request
+
+KV_BYTES_ON_CPU = 1 << 30  # taken as they are needed
+BLOCK_TOKENS_ON_CPU = 32  # of the prefix cache; vLLM's 128 are more than a short prompt has
+FINISH: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+
+
+class VLLMEngine(HttpEngine):
+    def __init__(
+        self,
+        model_path: str | Path,
+        eos_token_ids: Sequence[int],
+        config: RolloutConfig,
+        *,
+        dtype: torch.dtype,
+        cuda_device: int | None,
+        log: Path,
+        quiet_limit: float = 60.0,
+    ):
+        """
+        Args:
+            cuda_device: the first that it may use; None: the CPU.
+
+        Others, and errors, as for `HttpEngine`; ValueError for settings that the server does not have on this device.
+        """
+        key = new_key()
+        plan = ServerPlan(
+            name="vLLM",
+            module="vllm.entrypoints.openai.api_server",
+            flags=server_flags(model_path, config, dtype, cuda_device),
+            key=key,
+            key_flags=(),
+            environment={KEY_VARIABLE: key} | server_environment(config, cuda_device),
+            search_path=(),
+            health_path="/weight_info",  # asks the engine's process; /health does not
+        )
+        super().__init__(plan, model_path, eos_token_ids, config, dtype=dtype, log=log, quiet_limit=quiet_limit)
+
+    def _generation(self, request: Request) -> tuple[str, Mapping[str, Any]]:
+        params = request.params
+        return "/inference/v1/generate", {
+            "token_ids": np.asarray(request.prompt_ids).tolist(),
+            "sampling_params": {
+                "max_tokens": params.max_tokens,
+                "temperature": params.temperature,
+                "top_p": params.top_p,
+                "top_k": params.top_k,
+                "seed": request.seed,
+                "stop_token_ids": self._eos,
+                "ignore_eos": True,  # vLLM's idea of it; ours is in stop_token_ids
+                "logprobs": 0,  # of the token drawn alone
+            },
+        }
+
+    def _completion(self, draw_index: int, sample_index: int, answer: Any) -> Completion:
+        (choice,) = answer["choices"]
+        token_ids = choice["token_ids"]
+        logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
+        self._refuse_unequal(draw_index, sample_index, token_ids, logprobs)
+        versions = {span["version"] for span in choice["weight_versions"]}
+        if len(versions) != 1:
+            raise RuntimeError(f"draw {draw_index}, sample {sample_index} was written by weights {sorted(versions)}")
+        return Completion(
+            draw_index=draw_index,
+            sample_index=sample_index,
+            token_ids=np.array(token_ids, np.int64),
+            logprobs=np.array(logprobs, np.float32),
+            finish_reason=FINISH[choice["finish_reason"]],
+            weight_version=int(versions.pop()),
+        )
+
+    def _abort_all(self) -> None:
+        self._call("/abort_requests", {})
+
+    def _pause(self) -> None:
+        self._call("/pause?mode=keep", {})
+
+    def _resume(self) -> None:
+        self._call("/resume", {})
+
+    def _begin_update(self) -> None:
+        self._in_workers("begin_policy_update")
+
+    def _take_bucket(self, bucket: bytes) -> None:
+        self._in_workers("take_policy_bucket", base64.b64encode(bucket).decode())
+
+    def _end_update(self) -> None:
+        self._in_workers("end_policy_update")
+
+    def _name_version(self, version: str) -> None:
+        self._call("/update_weight_version", {"new_version": version})
+
+    def _empty_cache(self) -> None:
+        deadline = time.monotonic() + IDLE_SECONDS
+        while not self._call("/reset_prefix_cache", {})["success"]:
+            if time.monotonic() > deadline:
+                self._fail(EngineHangsError(f"the prefix cache cannot be emptied.{self._server.log_tail()}"))
+            time.sleep(POLL_SECONDS)
+
+    def _held_checksums(self) -> dict[str, int]:
+        shapes = {name: list(shape) for name, shape in self._weights.shapes.items()}
+        (of_worker,) = self._in_workers("policy_checksums", shapes)["results"]
+        return {name: int(found) for name, found in of_worker.items()}
+
+    def _sleep(self, tags: Sequence[Tag]) -> None:
+        """vLLM puts all to sleep, keeping the weights on the host (level 1) or not (2), and wakes by tag."""
+        sleeping = self._asleep.union(tags)
+        if self._asleep:
+            self._call("/wake_up", {})
+        self._call(f"/sleep?level={2 if 'weights' in sleeping else 1}", {})
+        for tag in ALL_TAGS:
+            if tag not in sleeping:
+                self._wake([tag])
+
+    def _wake(self, tags: Sequence[Tag]) -> None:
+        self._call("/wake_up?" + "&".join(f"tags={tag}" for tag in tags), {})
+
+    def _in_workers(self, method: str, *args: Any) -> Any:
+        return self._call("/collective_rpc", {"method": method, "args": [*args]})
+
+
+def server_environment(config: RolloutConfig, cuda_device: int | None) -> dict[str, str]:
+    """What vLLM takes no flag for."""
+    variables = {
+        "VLLM_SERVER_DEV_MODE": "1",  # the paths for weights, pauses and sleep
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    if cuda_device is None:
+        # As many threads as this process's own, on any core: several engines of a host would be bound to the same ones.
+        variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    elif config.deterministic:
+        variables |= {"VLLM_BATCH_INVARIANT": "1"}
+    return variables
+
+
+def server_flags(
+    model_path: str | Path, config: RolloutConfig, dtype: torch.dtype, cuda_device: int | None
+) -> list[str]:
+    """The server's command line but for its address.
+
+    Raises:
+        ValueError: settings that need CUDA.
+    """
+    flags: dict[str, object] = {
+        "--model": model_path,
+        "--dtype": str(dtype).removeprefix("torch."),
+        "--load-format": "dummy",  # the weights come from the policy
+        "--worker-extension-cls": EXTENSION,
+        "--middleware": MIDDLEWARE,
+        "--logprobs-mode": "processed_logprobs",
+        "--generation-config": "vllm",  # not the checkpoint's defaults: requests say all
+        "--max-num-seqs": config.max_num_seqs,
+        "--max-num-batched-tokens": config.max_num_batched_tokens,
+    }
+    switches = ["--tokens-only", "--skip-tokenizer-init", "--disable-uvicorn-access-log", "--disable-log-stats"]
+    switches.append("--enable-chunked-prefill" if config.enable_chunked_prefill else "--no-enable-chunked-prefill")
+    if cuda_device is None:
+        refuse_on_cpu("vLLM", config)
+        flags |= {"--kv-cache-memory-bytes": KV_BYTES_ON_CPU, "--block-size": BLOCK_TOKENS_ON_CPU}
+        switches.append("--enforce-eager")  # without it torch's compiler wants minutes and a C++ compiler
+    else:
+        devices = range(cuda_device, cuda_device + config.tensor_model_parallel_size)
+        flags |= {
+            "--tensor-parallel-size": config.tensor_model_parallel_size,
+            "--device-ids": ",".join(map(str, devices)),  # of those visible
+            "--gpu-memory-utilization": config.gpu_memory_utilization,
+        }
+        switches.append("--enable-sleep-mode")  # without it `sleep` frees nothing
+        switches += ["--enforce-eager"] if config.enforce_eager else []
+    return command_line(flags, switches)
