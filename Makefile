@@ -9,16 +9,16 @@ STAMP := $(VENV)/set-up
 CONSTRAINTS := constraints/cpu.txt
 TEST_PARTS := lint types unit functional
 
-SGLANG := .venv-sglang
-SGLANG_STAMP := $(SGLANG)/set-up
-SGLANG_CONSTRAINTS := constraints/sglang-cpu.txt
+# Engines whose own servers are tested, each in an environment of its own: their pins conflict.
+ENGINES := sglang vllm
+ENGINE_STAMPS := $(ENGINES:%=.venv-%/set-up)
 
 # Test processes share the cores by number, not by threads: models here are too small for two threads to help.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --durations 10
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test test-all test-engines bench $(TEST_PARTS) format lock clean
+.PHONY: help setup train test test-all test-engines $(ENGINES:%=test-%) bench $(TEST_PARTS) format lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,15 +63,17 @@ functional: setup ## tests/functional
 test-all: lint types ## everything, also the tests marked slow: several seeds, long matrices, kill sweeps
 	$(PYTEST) tests
 
-test-engines: $(SGLANG_STAMP) ## SGLang's own server on this CPU, in an environment of its own: .venv-sglang
-	OMP_NUM_THREADS=1 $(SGLANG)/bin/python -m pytest --durations 10 tests/engines/test_sglang.py
+test-engines: $(ENGINES:%=test-%) ## SGLang's and vLLM's own servers on this CPU, in environments of their own
 
-# --no-deps: SGLang asks for CUDA builds that a CPU neither needs nor can load; the list is all it needs there.
-$(SGLANG_STAMP): setup.py $(SGLANG_CONSTRAINTS)
-	@echo "setup: $(SGLANG), the versions of $(SGLANG_CONSTRAINTS); some minutes the first time"
-	@test -x $(SGLANG)/bin/python || $(PYTHON) -m venv $(SGLANG)
-	$(SGLANG)/bin/python -m pip install --no-deps --requirement $(SGLANG_CONSTRAINTS)
-	$(SGLANG)/bin/python -m pip install --no-deps --no-build-isolation --editable .
+test-sglang test-vllm: test-%: .venv-%/set-up
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest --durations 10 tests/engines
+
+# --no-deps: engines ask for CUDA builds that a CPU neither needs nor can load; the lists are all that they need there.
+$(ENGINE_STAMPS): .venv-%/set-up: setup.py constraints/%-cpu.txt
+	@echo "setup: .venv-$*, the versions of constraints/$*-cpu.txt; some minutes the first time"
+	@test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --no-deps --requirement constraints/$*-cpu.txt
+	.venv-$*/bin/python -m pip install --no-deps --no-build-isolation --editable .
 	@touch $@
 
 bench: setup ## every program in benchmarks/; the numbers also as JSON in runs/benchmarks
@@ -89,5 +91,5 @@ lock: setup ## constraints/cpu.txt from what is installed in .venv
 	  | sed 's/+cpu$$//'; } > $(CONSTRAINTS).new && mv $(CONSTRAINTS).new $(CONSTRAINTS)
 
 clean: ## remove .venv, caches and builds; runs/ stays
-	rm -rf $(VENV) $(SGLANG) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ENGINES:%=.venv-%) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

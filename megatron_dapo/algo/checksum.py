@@ -4,6 +4,8 @@ a and b are fixed pseudo-random odd numbers of a row's and a column's place in t
 owner of a slice computes its part alone, in any order, and parts are added; nothing is gathered. One changed element
 always changes the sum: odd factors can be divided out modulo 2^64, and bits fit in 32. Several changes cancel with a
 chance of about 2^-32 at worst (only sign bits of 32-bit numbers), 2^-60 in general. It finds mistakes, not forgeries.
+
+-0 counts as 0: an engine that keeps a matrix packed can only tell what it multiplies with.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ _ROW_STREAM, _COLUMN_STREAM = 0, 1 << 40
 
 
 def checksum(tensor: Tensor, first_row: int = 0, first_col: int = 0) -> int:
-    """Of the elements' bits, as they lie in the tensor's dtype. In [0, 2^64).
+    """Of the elements' bits, as they lie in the tensor's dtype, -0 as 0. In [0, 2^64).
 
     Args:
         tensor: one- or two-dimensional, elements of 1, 2 or 4 bytes; a whole tensor or a rectangle of it.
@@ -35,7 +37,9 @@ def checksum(tensor: Tensor, first_row: int = 0, first_col: int = 0) -> int:
     total = 0
     height = max(1, _BLOCK // cols)
     for start in range(0, rows, height):
-        bits = matrix[start : start + height].contiguous().view(_BITS[matrix.element_size()]).to(torch.int64)
+        as_bits = matrix[start : start + height].contiguous().view(_BITS[matrix.element_size()])
+        bits = as_bits.to(torch.int64)
+        bits.masked_fill_(bits == torch.iinfo(as_bits.dtype).min, 0)
         row_sums = bits.mul_(col_factors).sum(1)
         total += int((row_sums * row_factors[start : start + height]).sum())
     return total % _MODULUS

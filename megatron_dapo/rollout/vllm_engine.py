@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoConfig
 
 from megatron_dapo.config.tree import RolloutConfig
 from megatron_dapo.rollout.engine import ALL_TAGS, Tag
@@ -37,6 +38,7 @@ from megatron_dapo.types import Completion, FinishReason, Request
 
 KV_BYTES_ON_CPU = 1 << 30  # taken as they are needed
 BLOCK_TOKENS_ON_CPU = 32  # of the prefix cache; vLLM's 128 are more than a short prompt has
+HEAD_SIZES_ON_CPU = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # with another its first request ends it
 FINISH: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
@@ -192,6 +194,7 @@ def server_flags(
     switches.append("--enable-chunked-prefill" if config.enable_chunked_prefill else "--no-enable-chunked-prefill")
     if cuda_device is None:
         refuse_on_cpu("vLLM", config)
+        refuse_head_size(model_path)
         flags |= {"--kv-cache-memory-bytes": KV_BYTES_ON_CPU, "--block-size": BLOCK_TOKENS_ON_CPU}
         switches.append("--enforce-eager")  # without it torch's compiler wants minutes and a C++ compiler
     else:
@@ -204,3 +207,14 @@ def server_flags(
         switches.append("--enable-sleep-mode")  # without it `sleep` frees nothing
         switches += ["--enforce-eager"] if config.enforce_eager else []
     return command_line(flags, switches)
+
+
+def refuse_head_size(model_path: str | Path) -> None:
+    """Raises ValueError: vLLM has no attention on the CPU for heads of that size."""
+    config = AutoConfig.from_pretrained(model_path)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if size not in HEAD_SIZES_ON_CPU:
+        raise ValueError(
+            f"{model_path} has attention heads of size {size}, and vLLM on the CPU knows {HEAD_SIZES_ON_CPU} alone; "
+            "use another actor_rollout_ref.rollout.name (torch, sglang), or a GPU"
+        )

@@ -30,7 +30,7 @@ class WeightsExtension:
     device: torch.device
 
     def begin_policy_update(self) -> None:
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload  # pyright: ignore[reportMissingImports]
 
         initialize_layerwise_reload(self.model_runner.get_model())
 
@@ -44,7 +44,7 @@ class WeightsExtension:
         model.load_weights((name, view.to(self.device, copy=True)) for name, view in named_tensors)
 
     def end_policy_update(self) -> None:
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload  # pyright: ignore[reportMissingImports]
 
         model = self.model_runner.get_model()
         finalize_layerwise_reload(model, self.model_config)

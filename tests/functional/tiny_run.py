@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from tiny_models import save_tiny_model
+
+from tests.functional.tiny_models import save_tiny_model
 
 CHARACTERS = [chr(code) for code in range(32, 90)]  # with the three special tokens as many as tiny_models.VOCAB
 BYTE_LEVEL = {" ": "Ġ"}

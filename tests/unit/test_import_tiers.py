@@ -41,7 +41,7 @@ OWNERS = {
     "triton": "mcore/fused/kernels.py",
     "ray": "runtime/ray.py",
     "sglang": "rollout/sglang_engine.py",
-    "vllm": "rollout/vllm_engine.py",
+    "vllm": "rollout/vllm_extension.py",
     "wandb": "obs/",
     "tensorboard": "obs/",
 }

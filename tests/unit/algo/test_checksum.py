@@ -28,7 +28,7 @@ def slow_checksum(bits: list[list[int]]) -> int:
 
 
 def test_it_is_the_sum_of_factors_times_bits():
-    values = torch.tensor([[1.5, -2.0, 0.0], [-0.0, torch.inf, 3e-40]])
+    values = torch.tensor([[1.5, -2.0, 0.0], [-1e-3, torch.inf, 3e-40]])
     bits = values.view(torch.int32).tolist()
     assert checksum(values) == slow_checksum(bits)
     assert checksum(values.to(torch.bfloat16)) == slow_checksum(values.to(torch.bfloat16).view(torch.int16).tolist())
@@ -65,6 +65,14 @@ def test_one_changed_bit_anywhere_changes_it():
             changed = whole.clone()
             changed.view(torch.int32).view(-1)[place] ^= torch.tensor(1 << bit).to(torch.int32)
             assert checksum(changed) != plain, (place, bit)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sign_of_a_zero_does_not_count(dtype: torch.dtype):
+    values = torch.tensor([[1.5, -0.0], [0.0, -2.0]], dtype=dtype)
+    assert values.view(torch.int32 if dtype == torch.float32 else torch.int16)[0, 1] != 0
+    assert checksum(values) == checksum(torch.tensor([[1.5, 0.0], [0.0, -2.0]], dtype=dtype))
+    assert values[0, 1].signbit(), "the tensor itself stays"
 
 
 def test_rows_and_columns_that_changed_places_and_a_transpose_show():
