@@ -6,6 +6,7 @@ engine adds its words: how its server is started, what is sent to which path, an
 
 from __future__ import annotations
 
+import base64
 import secrets
 import sys
 import time
@@ -83,8 +84,8 @@ class HttpEngine(ABC):
         self._check = RequestCheck(AutoConfig.from_pretrained(model_path), eos_token_ids)
         self._eos = sorted(eos_token_ids)
         self._weights = ModelWeights(model_path)
-        self._buckets = SharedBuckets(self._weights, dtype, config.weight_sync.bucket_bytes)
         self._tp_size = config.tensor_model_parallel_size
+        self._buckets = SharedBuckets(self._weights, dtype, config.weight_sync.bucket_bytes, self._tp_size)
         self._name = plan.name
 
         def command(port: int) -> list[str]:
@@ -200,7 +201,7 @@ class HttpEngine(ABC):
         self._begin_update()
         try:
             for bucket in self._buckets.pack(self._weights.checked(tensors, version)):
-                self._take_bucket(bucket)
+                self._take_bucket([base64.b64encode(pickle).decode() for pickle in bucket])
         except (ValueError, RefusedError):
             self._end_update()
             raise
@@ -273,8 +274,8 @@ class HttpEngine(ABC):
     def _begin_update(self) -> None: ...
 
     @abstractmethod
-    def _take_bucket(self, bucket: bytes) -> None:
-        """Of `SharedBuckets`; the server has no use for its memory any more when this returns."""
+    def _take_bucket(self, pickles: Sequence[str]) -> None:
+        """Of `SharedBuckets` in base64; the server has no use for the memory any more when this returns."""
 
     @abstractmethod
     def _end_update(self) -> None:

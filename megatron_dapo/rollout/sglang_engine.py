@@ -115,10 +115,8 @@ class SGLangEngine(HttpEngine):
     def _begin_update(self) -> None:
         self._call("/begin_weight_update", {})
 
-    def _take_bucket(self, bucket: bytes) -> None:
-        payload = base64.b64encode(bucket).decode()
-        body = {"serialized_named_tensors": [payload] * self._tp_size, "flush_cache": False}
-        self._call("/update_weights_from_tensor", body)
+    def _take_bucket(self, pickles: Sequence[str]) -> None:
+        self._call("/update_weights_from_tensor", {"serialized_named_tensors": [*pickles], "flush_cache": False})
 
     def _end_update(self) -> None:
         self._call("/end_weight_update", {})

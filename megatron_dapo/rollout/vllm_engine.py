@@ -10,7 +10,6 @@ log-probs depend on what else is decoded, on the kernels (`deterministic`, CUDA 
 
 from __future__ import annotations
 
-import base64
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -118,8 +117,8 @@ class VLLMEngine(HttpEngine):
     def _begin_update(self) -> None:
         self._in_workers("begin_policy_update")
 
-    def _take_bucket(self, bucket: bytes) -> None:
-        self._in_workers("take_policy_bucket", base64.b64encode(bucket).decode())
+    def _take_bucket(self, pickles: Sequence[str]) -> None:
+        self._in_workers("take_policy_bucket", [*pickles])
 
     def _end_update(self) -> None:
         self._in_workers("end_policy_update")
@@ -187,6 +186,7 @@ def server_flags(
         "--middleware": MIDDLEWARE,
         "--logprobs-mode": "processed_logprobs",
         "--generation-config": "vllm",  # not the checkpoint's defaults: requests say all
+        "--max-model-len": "auto",  # the model's, or what the cache has room for: a longer request is refused then
         "--max-num-seqs": config.max_num_seqs,
         "--max-num-batched-tokens": config.max_num_batched_tokens,
     }

@@ -55,19 +55,23 @@ class ModelWeights:
 
 
 class SharedBuckets:
-    def __init__(self, weights: ModelWeights, dtype: torch.dtype, bucket_bytes: int):
+    def __init__(self, weights: ModelWeights, dtype: torch.dtype, bucket_bytes: int, readers: int):
         """
         Args:
             dtype: that the receiver holds weights in.
             bucket_bytes: of a bucket; a larger tensor makes a larger buffer.
+            readers: processes that unpickle each bucket.
         """
         sizes = [_aligned(shape.numel() * dtype.itemsize) for shape in weights.shapes.values()]
         self._size = max(min(bucket_bytes, sum(sizes)), *sizes)
-        self._dtype = dtype
+        self._dtype, self._readers = dtype, readers
         self._buffer: Tensor | None = None  # made when it is first needed
 
-    def pack(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[bytes]:
-        """Pickles of [(name, view of the buffer), ...]; at least one if there is a tensor."""
+    def pack(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[list[bytes]]:
+        """Buckets, at least one if there is a tensor: [(name, view of the buffer), ...], pickled once for each reader.
+
+        torch counts a reference to the memory for each pickle, and takes one off for each unpickling.
+        """
         if self._buffer is None:
             storage = torch.UntypedStorage._new_using_filename_cpu(self._size)
             self._buffer = torch.empty(0, dtype=torch.uint8).set_(storage)
@@ -76,14 +80,14 @@ class SharedBuckets:
         for name, tensor in tensors:
             size = tensor.numel() * self._dtype.itemsize
             if bucket and used + size > self._size:
-                yield pickled(bucket)
+                yield [pickled(bucket) for _ in range(self._readers)]
                 bucket, used = [], 0
             view = self._buffer[used : used + size].view(self._dtype).view(tensor.shape)
             view.copy_(tensor.detach())
             bucket.append((name, view))
             used += _aligned(size)
         if bucket:
-            yield pickled(bucket)
+            yield [pickled(bucket) for _ in range(self._readers)]
 
 
 def _aligned(size: int) -> int:

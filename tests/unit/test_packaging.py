@@ -11,6 +11,7 @@ import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -38,8 +39,9 @@ def test_every_library_that_the_package_imports_is_declared() -> None:
         )
 
 
-def test_the_lock_holds_one_exact_version_a_line_and_nothing_else() -> None:
-    lines = [line for line in LOCK.read_text().splitlines() if not line.startswith("#")]
+@pytest.mark.parametrize("lock", sorted(LOCK.parent.glob("*.txt")), ids=lambda path: path.stem)
+def test_a_lock_holds_one_exact_version_a_line_and_nothing_else(lock: Path) -> None:
+    lines = [line for line in lock.read_text().splitlines() if not line.startswith("#")]
     assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][A-Za-z0-9.]*", line)] == []
 
 
