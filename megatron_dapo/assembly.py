@@ -93,8 +93,15 @@ def build_host(config: RunConfig) -> WorkerHost:
     return host
 
 
+def build_policy_host(config: RunConfig) -> WorkerHost:
+    """This rank where engines have ranks of their own; collective over all ranks of the policy."""
+    host = WorkerHost()
+    host.add(PolicyWorker(policy_settings(config)))
+    return host
+
+
 def build_rollout_host(config: RunConfig) -> WorkerHost:
-    """This rank with an engine alone, for evaluation; its weights are those of the checkpoint."""
+    """This rank with an engine alone, which has no weights yet."""
     host = WorkerHost()
     host.add(RolloutWorker(_engine(config)))
     return host
@@ -127,7 +134,7 @@ def policy_settings(config: RunConfig) -> PolicySettings:
 
 @contextmanager
 def building_trainer(
-    config: RunConfig, group: WorkerGroup, datasets: Datasets, tokenizer: PreTrainedTokenizerBase, console: Console
+    config: RunConfig, ranks: Ranks, datasets: Datasets, tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> Iterator[Trainer]:
     """The trainer, restored from its checkpoint where the configuration says so. Leaving ends what it started."""
     directory = Path(config.trainer.default_local_dir)
@@ -135,15 +142,15 @@ def building_trainer(
     copy_side_files(config.actor_rollout_ref.model.path, directory / SIDE)  # for `export`, without the first model
     total_steps = training_steps(config, len(datasets.train))
     rules = _rules(config)
-    policy = PolicyGroup(group, _limits(config))
+    policy = PolicyGroup(ranks.policy, _limits(config))
     checkpoints = _Checkpoints.of(config, policy, console)
     found = checkpoints.find(config.trainer.resume_mode)
     first_step = 0 if found is None else found.meta.step + 1
     interrupts = Interrupts()
-    sync = _weight_sync(config, group, policy, partial(console.print, markup=False, highlight=False))
-    engine = RolloutFleet(group, interrupts.check, sync.restore)
+    sync = _weight_sync(config, ranks, policy, partial(console.print, markup=False, highlight=False))
+    engine = RolloutFleet(ranks.engines, interrupts.check, sync.restore)
     with ExitStack() as stack:
-        stack.callback(_close_engines, group)
+        stack.callback(_close_engines, ranks.engines)
         pool: RewardPool[Any] = stack.enter_context(_reward_pool(config))
         expected = config.data.train_batch_size * config.actor_rollout_ref.rollout.n
         scorer = GuardedPool(pool, config.reward_model.max_failure_rate, expected)
@@ -314,9 +321,7 @@ def _torch_engine(config: RunConfig) -> TorchEngine:
     )
 
 
-def _weight_sync(
-    config: RunConfig, group: WorkerGroup, policy: PolicyGroup, say: Callable[[str], None]
-) -> VerifiedSync:
+def _weight_sync(config: RunConfig, ranks: Ranks, policy: PolicyGroup, say: Callable[[str], None]) -> VerifiedSync:
     section = config.actor_rollout_ref
     settings, dtype = section.rollout.weight_sync, section.actor.megatron.params_dtype
     tolerance = _PROBE_TOLERANCE[dtype] if settings.probe_tolerance is None else settings.probe_tolerance
@@ -327,7 +332,7 @@ def _weight_sync(
         temperature=section.rollout.temperature,
         tolerance=tolerance,
     )
-    return make_weight_sync(Ranks(group, group), policy, settings, DTYPES[dtype], probe, say)
+    return make_weight_sync(ranks, policy, settings, DTYPES[dtype], probe, say)
 
 
 def _served_by(engine: type[SGLangEngine] | type[VLLMEngine]) -> Callable[[RunConfig], RolloutEngine]:

@@ -28,18 +28,19 @@ class WeightsExtension:
     model_runner: Any  # vLLM's, of the worker
     model_config: Any
     device: torch.device
+    rank: int
 
     def begin_policy_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload  # pyright: ignore[reportMissingImports]
 
         initialize_layerwise_reload(self.model_runner.get_model())
 
-    def take_policy_bucket(self, bucket: str) -> None:
-        """`bucket`: base64 of a pickle of [(Hugging Face name, view of shared memory), ...].
+    def take_policy_bucket(self, pickles: Sequence[str]) -> None:
+        """`pickles`: of each rank's own, in base64, the same [(Hugging Face name, view of shared memory), ...].
 
         Copied at once: vLLM holds on to what it is given until a layer is whole, and the sender reuses the memory.
         """
-        named_tensors = pickle.loads(base64.b64decode(bucket))
+        named_tensors = pickle.loads(base64.b64decode(pickles[self.rank]))
         model = self.model_runner.get_model()
         model.load_weights((name, view.to(self.device, copy=True)) for name, view in named_tensors)
 

@@ -1,10 +1,10 @@
 """Ray: this process drives, and each rank is an actor of its own.
 
     with RayRuntime.connect(address=None) as runtime:
-        group = runtime.group(nodes=1, ranks_per_node=2, build=partial(build_host, config))
+        (group,) = runtime.groups([Share(nodes=1, ranks_per_node=2, build=partial(build_host, config))])
         group.call_all(PolicyWorker.rank_layout)
 
-All ranks of a group are placed together or not at all, a node's share on one node. An actor gets the environment that
+All ranks are placed together or not at all, a node's share of a group on one node. An actor gets the environment that
 torchrun would give its rank, so what runs in it does not know who started it. Arguments go through Ray's object store,
 one object for each distinct shard: their arrays are read where they lie, and are read-only.
 
@@ -20,6 +20,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -37,12 +38,23 @@ from megatron_dapo.runtime.serving import START_UP
 ECHO_SECONDS = 3.0  # by which Ray's news of a death may come after the errors that the death caused
 
 
+@dataclass(frozen=True)
+class Share:
+    """The ranks of one group, and what each builds: nodes x ranks_per_node."""
+
+    nodes: int
+    ranks_per_node: int
+    build: Callable[[], WorkerHost]
+    devices_per_rank: int = 1  # GPUs, or CPUs where there are no GPUs
+
+
 class RayRuntime:
     """A connection to a cluster, and the groups on it. Made by `connect`, used as a context."""
 
     def __init__(self, placement_timeout: float, timeout: float):
         self._placement_timeout, self._timeout = placement_timeout, timeout
         self._groups: list[RayGroup] = []
+        self._places: list[PlacementGroup] = []
 
     @classmethod
     def connect(cls, address: str | None, placement_timeout: float = 60.0, timeout: float = 1800.0) -> RayRuntime:
@@ -61,19 +73,25 @@ class RayRuntime:
             ray.init(address=address)
         return cls(placement_timeout, timeout)
 
-    def group(self, nodes: int, ranks_per_node: int, build: Callable[[], WorkerHost]) -> RayGroup:
-        """Place nodes x ranks_per_node ranks and have each build its workers, all at the same time.
+    def groups(self, wanted: Sequence[Share]) -> list[RayGroup]:
+        """Place the ranks of all groups together or none, and have each rank build its workers, group by group.
 
         Raises:
             PlacementError: the cluster has no room for them in time.
             WorkerError: a rank failed in `build`.
         """
         device = "GPU" if ray.cluster_resources().get("GPU") else "CPU"
-        placement = Placement(nodes, ranks_per_node, device)
-        group = RayGroup(placement, _place(placement, self._placement_timeout), self._timeout)
-        self._groups.append(group)
-        group.build(build)
-        return group
+        placements = [Placement(each.nodes, each.ranks_per_node, device, each.devices_per_rank) for each in wanted]
+        place = _place(placements, self._placement_timeout)
+        self._places.append(place)
+        made, first_bundle = [], 0
+        for placement, share in zip(placements, wanted, strict=True):
+            group = RayGroup(placement, place, first_bundle, self._timeout)
+            self._groups.append(group)
+            group.build(share.build)
+            made.append(group)
+            first_bundle += placement.nodes
+        return made
 
     def __enter__(self) -> RayRuntime:
         return self
@@ -86,25 +104,30 @@ class RayRuntime:
         """End the groups, and not the connection."""
         for group in self._groups:
             group.close()
+        while self._places:
+            remove_placement_group(self._places.pop())
 
 
 class RayGroup:
     """A `WorkerGroup` of actors."""
 
-    def __init__(self, placement: Placement, place: PlacementGroup, timeout: float):
+    def __init__(self, placement: Placement, place: PlacementGroup, first_bundle: int, timeout: float):
+        """`first_bundle`: of `place`, the one where this group's bundles begin."""
         self.size = placement.size
-        self._placement, self._place, self._timeout = placement, place, timeout
+        self._placement, self._timeout = placement, timeout
         self._busy: str | None = None
-        actor_class: Any = ray.remote(num_cpus=1, num_gpus=1 if placement.device == "GPU" else 0)(_Rank)
+        taken = placement.of_a_rank()
+        actor_class: Any = ray.remote(num_cpus=taken["CPU"], num_gpus=taken.get("GPU", 0))(_Rank)
+
+        def bundle(rank: int) -> PlacementGroupSchedulingStrategy:
+            return PlacementGroupSchedulingStrategy(place, first_bundle + rank // placement.ranks_per_node)
+
         self._ranks: list[Any] = [
-            actor_class.options(
-                scheduling_strategy=PlacementGroupSchedulingStrategy(place, rank // placement.ranks_per_node)
-            ).remote(rank)
-            for rank in range(self.size)
+            actor_class.options(scheduling_strategy=bundle(rank)).remote(rank) for rank in range(self.size)
         ]
 
     def build(self, build: Callable[[], WorkerHost]) -> None:
-        """Give every rank its environment and its workers. Errors as for `RayRuntime.group`."""
+        """Give every rank its environment and its workers. Errors as for `RayRuntime.groups`."""
         opened = self._ranks[0].open_store.options(num_returns="streaming").remote()
         ((_, (address, port)),) = _Arrivals({opened: 0}, START_UP, self._timeout)
         environments = [self._placement.environment(rank, address, port) for rank in range(self.size)]
@@ -148,10 +171,9 @@ class RayGroup:
         self._busy = None
 
     def close(self) -> None:
-        """End every rank and give its place back. What hangs is ended too."""
+        """End every rank. What hangs is ended too."""
         for actor in self._ranks:
             ray.kill(actor)
-        remove_placement_group(self._place)
 
 
 class RayHandle:
@@ -262,12 +284,12 @@ class _Rank:
         yield from self._host.stream(function, argument)
 
 
-def _place(placement: Placement, seconds: float) -> PlacementGroup:
-    place = placement_group(placement.bundles(), strategy="PACK")
+def _place(placements: Sequence[Placement], seconds: float) -> PlacementGroup:
+    place = placement_group([bundle for each in placements for bundle in each.bundles()], strategy="PACK")
     if place.wait(seconds):
         return place
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    message = no_room(placement, nodes, ray.available_resources(), seconds)
+    message = no_room(placements, nodes, ray.available_resources(), seconds)
     remove_placement_group(place)
     raise PlacementError(message)
 
