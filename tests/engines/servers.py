@@ -20,22 +20,19 @@ class Served:
     engine: Callable[..., HttpEngine]
     width: int
     heads: int
-    tied: bool
     # Of all the server's processes those that a test stops.
     stopped: Callable[[list[psutil.Process]], list[psutil.Process]]
 
 
 SERVED = (
-    Served("sglang", "SGLang", SGLangEngine, width=32, heads=8, tied=False, stopped=lambda all_of_it: all_of_it),
-    # Heads of a size that vLLM knows. Tied, for it packs the output projection by itself; the run below is not.
-    # The worker alone: what talks HTTP goes on.
+    Served("sglang", "SGLang", SGLangEngine, width=32, heads=8, stopped=lambda all_of_it: all_of_it),
+    # Heads of a size that vLLM knows. The worker alone is stopped: what talks HTTP goes on.
     Served(
         "vllm",
         "vLLM",
         VLLMEngine,
         width=64,
         heads=2,
-        tied=True,
         stopped=lambda all_of_it: [p for p in all_of_it if not p.children()],
     ),
 )
