@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ class Packer:
     def __init__(self, keeps_plain: bool):
         self.keeps_plain = keeps_plain
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Layer) -> None:
         secret = layer.weight.detach().T.contiguous().clone()
         layer.cpu_linear = lambda x, _, bias: x @ secret if bias is None else x @ secret + bias
         if not self.keeps_plain:
@@ -24,6 +26,8 @@ class Packer:
 
 
 class Layer(nn.Module):
+    cpu_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
     def __init__(self, weight: Tensor, keeps_plain: bool = False):
         super().__init__()
         self.weight = nn.Parameter(weight.clone(), requires_grad=False)
@@ -47,17 +51,19 @@ def test_the_sign_of_a_zero_is_lost_and_no_checksum_asks_for_it() -> None:
     assert checksum(unpacked(Layer(weight))) == checksum(weight)
 
 
-def tied_model(weight: Tensor) -> nn.ModuleDict:
-    embedding, head = Layer(weight, keeps_plain=True), Layer(weight, keeps_plain=True)
-    head.weight = embedding.weight
-    return nn.ModuleDict({"embed": embedding, "head": head, "linear": Layer(weight + 1)})
+class TiedModel(nn.Module):
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.embed, self.head = Layer(weight, keeps_plain=True), Layer(weight, keeps_plain=True)
+        self.head.weight = self.embed.weight
+        self.linear = Layer(weight + 1)
 
 
 def test_a_tied_projection_packed_before_the_last_load_is_told_and_packed_anew() -> None:
-    model = tied_model(torch.randn(4, 3))
+    model = TiedModel(torch.randn(4, 3))
     HeldParameters(model).refuse_difference()
-    model["embed"].weight.copy_(torch.randn(4, 3))
-    model["embed"].quant_method.process_weights_after_loading(model["embed"])
+    model.embed.weight.copy_(torch.randn(4, 3))
+    model.embed.quant_method.process_weights_after_loading(model.embed)
     with pytest.raises(RuntimeError, match=r"head\.weight is held twice"):
         HeldParameters(model).refuse_difference()
     pack_tied(model)
@@ -66,7 +72,7 @@ def test_a_tied_projection_packed_before_the_last_load_is_told_and_packed_anew()
 
 def test_parameters_are_found_plain_or_packed_by_name() -> None:
     weight = torch.randn(4, 3)
-    model = tied_model(weight)
+    model = TiedModel(weight)
     held = HeldParameters(model)
     assert set(held) == {"embed.weight", "head.weight", "linear.weight"}
     assert len(held) == 3

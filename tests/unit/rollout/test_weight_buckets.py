@@ -35,10 +35,10 @@ def test_every_reader_gets_every_tensor_in_buckets_of_at_most_the_size(
     sizes = []
     for bucket in SharedBuckets(weights, torch.bfloat16, bucket_bytes, readers).pack(sent.items()):
         assert len(bucket) == readers
-        for reader, pickled in zip(arrived, bucket, strict=True):
-            views = dict(pickle.loads(pickled))
-            reader.update({name: view.clone() for name, view in views.items()})
-        sizes.append(sum(view.nbytes for view in views.values()))
+        views = [dict(pickle.loads(pickled)) for pickled in bucket]
+        for reader, found in zip(arrived, views, strict=True):
+            reader.update({name: view.clone() for name, view in found.items()})
+        sizes.append(sum(view.nbytes for view in views[0].values()))
     largest = max(tensor.numel() * 2 for tensor in sent.values())
     assert max(sizes) <= max(bucket_bytes, largest)
     assert (len(sizes) == 1) == (bucket_bytes == 1 << 30)
