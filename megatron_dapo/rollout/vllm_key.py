@@ -29,8 +29,10 @@ class RequireKey:
     ) -> None:
         """`scope`: headers as pairs of bytes, names in lower case."""
         given = dict(scope.get("headers", ())).get(b"authorization", b"")
-        if scope["type"] == "http" and not secrets.compare_digest(given, self._wanted):
+        if scope["type"] == "lifespan" or secrets.compare_digest(given, self._wanted):
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
             await send({"type": "http.response.start", "status": 401, "headers": []})
             await send({"type": "http.response.body", "body": b"the key of this server is wanted"})
         else:
-            await self._app(scope, receive, send)
+            await send({"type": "websocket.close", "code": 1008})

@@ -31,7 +31,9 @@ def test_a_request_without_the_key_never_reaches_the_application(
 ) -> None:
     sent = answer_of(monkeypatch, {"type": "http", "path": "/health", "headers": headers})
     assert sent[0]["status"] == 401
-    assert "from the application" not in {message["type"] for message in sent}
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+    (closed,) = answer_of(monkeypatch, {"type": "websocket", "path": "/v1/realtime", "headers": headers})
+    assert closed["type"] == "websocket.close"
 
 
 def test_a_request_with_the_key_and_what_is_no_request_do(monkeypatch: pytest.MonkeyPatch) -> None:
