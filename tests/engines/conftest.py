@@ -21,7 +21,7 @@ from tests.functional.tiny_models import save_tiny_model
 
 collect_ignore = [f"test_{served.library}.py" for served in SERVED if served not in HERE]
 if not HERE:
-    collect_ignore += ["test_arithmetic.py", "test_servers.py"]
+    collect_ignore += ["test_run.py", "test_servers.py"]
 
 
 @pytest.fixture(scope="session", params=HERE, ids=lambda served: served.library)

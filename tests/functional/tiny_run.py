@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from tiny_models import save_tiny_model
+
+from tests.functional.tiny_models import save_tiny_model
 
 CHARACTERS = [chr(code) for code in range(32, 90)]  # with the three special tokens as many as tiny_models.VOCAB
 BYTE_LEVEL = {" ": "Ġ"}
@@ -23,9 +24,9 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
 """
 
 
-def make_workspace(root: Path, family: str = "qwen2", tied: bool = False) -> Path:
+def make_workspace(root: Path, family: str = "qwen2", tied: bool = False, width: int = 32, heads: int = 8) -> Path:
     """Fill `root` with model, data, reward.py and config.yaml; returns the config's path."""
-    save_tiny_model(root / "model", family, tied)
+    save_tiny_model(root / "model", family, tied, width=width, heads=heads)
     save_tokenizer(root / "model")
     write_prompts(root / "train.jsonl", 24)
     write_prompts(root / "val.jsonl", 4)
