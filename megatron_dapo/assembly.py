@@ -59,6 +59,7 @@ from megatron_dapo.types import IntArray, Prompt, SamplingParams
 from megatron_dapo.workers.policy import PolicySettings, PolicyWorker
 from megatron_dapo.workers.policy_group import MicroBatchLimits, PassLimits, PolicyGroup
 from megatron_dapo.workers.rollout import RolloutFleet, RolloutWorker
+from megatron_dapo.workers.turns import Turns
 
 # How far an engine's log-probs may be from the policy's: other kernels, the same weights.
 _PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
@@ -173,6 +174,7 @@ def building_trainer(
             engine=engine,
             sampler=_sampler(config, datasets.train, engine, scorer, decode, policy),
             sync=sync,
+            turns=_turns(config, ranks, policy, engine),
             evaluator=None if datasets.val is None else _evaluator(config, datasets.val, engine, pool, decode),
             scorer=scorer,
             loggers=stack.enter_context(Loggers(config.trainer.logger, info)),
@@ -318,6 +320,12 @@ def _torch_engine(config: RunConfig) -> TorchEngine:
         device=device(),
         dtype=DTYPES[section.actor.megatron.params_dtype],
     )
+
+
+def _turns(config: RunConfig, ranks: Ranks, policy: PolicyGroup, engine: RolloutFleet) -> Turns:
+    section = config.actor_rollout_ref
+    sleeps = ranks.colocated and section.rollout.free_cache_engine
+    return Turns(policy, engine, section.actor.offload if ranks.colocated else (), sleeps)
 
 
 def _weight_sync(config: RunConfig, ranks: Ranks, policy: PolicyGroup, say: Callable[[str], None]) -> VerifiedSync:
