@@ -39,6 +39,7 @@ from megatron_dapo.mcore.model import build_model
 from megatron_dapo.mcore.optimizer import apply_update, build_optimizer, wrap_for_training, zero_gradients
 from megatron_dapo.mcore.parallel import initialize, shutdown
 from megatron_dapo.mcore.safe_load import refuse_foreign_pickles
+from megatron_dapo.mcore.save_plan import Planning
 from megatron_dapo.mcore.shard_write import Written
 from megatron_dapo.mcore.weights import load_hf
 
@@ -63,6 +64,7 @@ class State:
     chunks: list
     modules: list
     optimizer: checkpoint.ChainedOptimizer
+    planning: Planning
 
     def update(self) -> None:
         zero_gradients(self.modules, self.optimizer)
@@ -89,7 +91,7 @@ def make_state(folder: Path, hidden: int, layers: int) -> State:
     chunks = build_model(shape, megatron)
     load_hf(chunks, shape, folder)
     modules = wrap_for_training(chunks, megatron)
-    state = State(chunks, modules, build_optimizer(modules, OptimConfig(), megatron, grad_clip=1.0))
+    state = State(chunks, modules, build_optimizer(modules, OptimConfig(), megatron, grad_clip=1.0), Planning())
     state.update()
     return state
 
@@ -98,7 +100,7 @@ def save(state: State, folder: Path, background: bool) -> tuple[float, float]:
     """Seconds until the caller goes on, and until the checkpoint is written."""
     folder.mkdir()
     begun = time.perf_counter()
-    saving = checkpoint.start_save(state.chunks, state.optimizer, folder, background)
+    saving = checkpoint.start_save(state.chunks, state.optimizer, state.planning, folder, background)
     pause = time.perf_counter() - begun
     written = saving.outcome(wait=True)
     assert isinstance(written, Written), written
