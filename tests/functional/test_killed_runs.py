@@ -104,11 +104,11 @@ def test_killed_at_a_moment_it_goes_on_to_the_same_end(config: Path, reference: 
 
 @pytest.mark.slow
 def test_killed_again_and_again_at_random_times_it_comes_to_the_same_end(config: Path, reference: Path, tmp_path: Path):
-    """Each time before half of the time is over that the whole run takes undisturbed on this machine."""
+    """First soon, then later: in parts of what the undisturbed run took, since machines differ."""
     whole = json.loads((reference / "summary.json").read_text())["seconds"]
     out, draw, kills = tmp_path / "run", random.Random(1), 0
-    for _ in range(20):
-        ended = run(config, out, *EVENTFUL, killed_after=whole * draw.uniform(0.1, 0.5))
+    for attempt in range(1, 21):
+        ended = run(config, out, *EVENTFUL, killed_after=whole * draw.uniform(0.02, 0.05 * attempt))
         if ended.code == 0:
             break
         assert ended.code == -signal.SIGKILL, ended.said
