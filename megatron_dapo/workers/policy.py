@@ -31,6 +31,7 @@ from megatron_dapo.mcore.parallel import RankLayout, initialize
 from megatron_dapo.mcore.residence import Residence
 from megatron_dapo.mcore.rng import rng_state, set_rng_state
 from megatron_dapo.mcore.safe_load import refuse_foreign_pickles
+from megatron_dapo.mcore.save_plan import Planning
 from megatron_dapo.mcore.schedule import Model, TokenStats, forward_backward, log_probs
 from megatron_dapo.mcore.shard_write import WriteFailure, Written
 from megatron_dapo.mcore.weights import export_hf, load_hf
@@ -95,6 +96,7 @@ class PolicyWorker:
         self.optimizer = build_optimizer(self.modules, settings.optim, settings.megatron, settings.grad_clip)
         self.model = Model(self.modules, settings.objective, settings.packed, self.chunks[0].config)
         self.residence = Residence(self.modules, self.optimizer)
+        self._planning = Planning()
         self._save: checkpoint.Save | None = None
         self._reference = _copy_of(self.chunks) if settings.with_reference else []
 
@@ -140,7 +142,7 @@ class PolicyWorker:
     def start_save(self, order: SaveOrder) -> None:
         """Begin to write model and optimizer."""
         self.residence.come_back()
-        self._save = checkpoint.start_save(self.chunks, self.optimizer, order.path, order.background)
+        self._save = checkpoint.start_save(self.chunks, self.optimizer, self._planning, order.path, order.background)
 
     def save_outcome(self, wait: bool) -> Written | WriteFailure | None:
         """This rank's part of the save; None while it is being written."""
