@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_dapo.mcore.fused.softmax import PADDING, STATISTICS, Slopes, Softmax, Vocabulary, merge
 
-BLOCK_BYTES = 2 * 2**20
+BLOCK_BYTES = 4 * 2**20
 
 
 def compute_type(dtype: torch.dtype) -> torch.dtype:
@@ -101,9 +101,7 @@ class BlockedShard:
         d_weight.index_add_(0, rows, self._hidden * d_target)
         return self._weight[rows].to(self._dtype).mul_(d_target)
 
-    def _write_gradient(
-        self, held: Tensor, scale: Tensor, softmax: Softmax, slopes: Slopes, d_entropy: Tensor
-    ) -> None:
+    def _write_gradient(self, held: Tensor, scale: Tensor, softmax: Softmax, slopes: Slopes, d_entropy: Tensor) -> None:
         """Over the exponentials [block,c]: d_logp p + d_entropy p (log p + entropy)."""
         held *= scale
         plogp = torch.special.entr(held, out=self._view(self._scratch, 0, len(held)))  # -p log p; 0 at p = 0
