@@ -44,6 +44,7 @@ from megatron_dapo.rewards.guarded import GuardedPool
 from megatron_dapo.rewards.pool import RewardPool
 from megatron_dapo.rewards.table import RewardTask, VerifierSpec
 from megatron_dapo.rollout.engine import RolloutEngine
+from megatron_dapo.rollout.no_engine import NoEngine
 from megatron_dapo.rollout.sglang_engine import SGLangEngine
 from megatron_dapo.rollout.torch_engine import TorchEngine
 from megatron_dapo.runtime.group import WorkerError, WorkerGroup
@@ -148,7 +149,7 @@ def building_trainer(
     first_step = 0 if found is None else found.meta.step + 1
     interrupts = Interrupts()
     sync = _weight_sync(config, ranks, policy, partial(console.print, markup=False, highlight=False))
-    engine = RolloutFleet(ranks.engines, interrupts.check, sync.restore)
+    engine = RolloutFleet(ranks.engines, interrupts.check, sync.restore, ranks.engine_every)
     with ExitStack() as stack:
         stack.callback(_close_engines, ranks.engines)
         pool: RewardPool[Any] = stack.enter_context(_reward_pool(config))
@@ -237,7 +238,7 @@ def building_evaluator(
 ) -> Iterator[Evaluator[RewardTask]]:
     """An evaluator of the checkpoint's own weights."""
     sync = RestoringSync(CheckpointSync(group, config.actor_rollout_ref.model.path), group, print)
-    engine = RolloutFleet(group, lambda: None, sync.restore)
+    engine = RolloutFleet(group, lambda: None, sync.restore, ranks_per_engine(config))
     with ExitStack() as stack:
         stack.callback(_close_engines, group)
         sync.push(0)
@@ -308,7 +309,15 @@ def _limits(config: RunConfig) -> PassLimits:
 
 
 def _engine(config: RunConfig) -> RolloutEngine:
+    if int(os.environ.get("RANK", 0)) % ranks_per_engine(config):
+        return NoEngine()
     return ENGINES[config.actor_rollout_ref.rollout.name](config)
+
+
+def ranks_per_engine(config: RunConfig) -> int:
+    """Ranks whose devices one engine takes. On ranks of its own an engine's rank has them all."""
+    rollout = config.actor_rollout_ref.rollout
+    return rollout.tensor_model_parallel_size if config.runtime.colocate and rollout.name != "torch" else 1
 
 
 def _torch_engine(config: RunConfig) -> TorchEngine:

@@ -18,6 +18,7 @@ from megatron_dapo.assembly import (
     building_trainer,
     load_datasets,
     load_tokenizer,
+    ranks_per_engine,
 )
 from megatron_dapo.checkpoints.errors import DamagedCheckpointError, ForeignCheckpointError
 from megatron_dapo.config.tree import ConfigError, RunConfig
@@ -99,13 +100,15 @@ def _on_ray(config: RunConfig, builds: Sequence[Build], drive: Callable[[Workers
             f"runtime.name is ray and {error.name} is not installed: pip install 'megatron_dapo[ray]'"
         ) from error
     runtime, trainer, rollout = config.runtime, config.trainer, config.actor_rollout_ref.rollout
-    first, *engines = [partial(build, config) for build in builds]
-    width = rollout.tensor_model_parallel_size
-    shares = [Share(trainer.nnodes or 1, trainer.n_gpus_per_node or 1, first)]
-    shares += [
-        Share(rollout.nnodes or 1, (rollout.n_gpus_per_node or width) // width, build, devices_per_rank=width)
-        for build in engines
-    ]
+
+    def share(build: Build) -> Share:
+        if runtime.colocate or build is not build_rollout_host:
+            return Share(trainer.nnodes or 1, trainer.n_gpus_per_node or 1, partial(build, config))
+        width = rollout.tensor_model_parallel_size
+        ranks = (rollout.n_gpus_per_node or width) // width
+        return Share(rollout.nnodes or 1, ranks, partial(build, config), devices_per_rank=width)
+
+    shares = [share(build) for build in builds]
     with RayRuntime.connect(runtime.address, runtime.placement_timeout) as cluster:
         drive(lambda: cluster.groups(shares))
 
@@ -121,7 +124,7 @@ def _drive(config: RunConfig, workers: Workers, console: Console, started: float
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     directory = Path(config.trainer.default_local_dir)
     groups = workers()
-    ranks = Ranks(policy=groups[0], engines=groups[-1])
+    ranks = Ranks(policy=groups[0], engines=groups[-1], engine_every=ranks_per_engine(config))
     with building_trainer(config, ranks, datasets, tokenizer, console) as trainer:
         progress = trainer.fit()
         trainer.policy.save_hf(str(directory / "hf"))

@@ -96,11 +96,18 @@ class RolloutFleet:
     prompt's responses share one engine's prefill. Calls take turns. `checkpoint` is called between completions:
     it may raise to end the rollout, and `abort` then leaves every rank idle. `restore` is called when a rank has
     answered less than it was asked, and no call is under way: it starts failed engines and gives them weights, or
-    raises.
+    raises. Every `engine_every`th rank has an engine.
     """
 
-    def __init__(self, group: WorkerGroup, checkpoint: Callable[[], None], restore: Callable[[], None]):
+    def __init__(
+        self,
+        group: WorkerGroup,
+        checkpoint: Callable[[], None],
+        restore: Callable[[], None],
+        engine_every: int = 1,
+    ):
         self._group, self._checkpoint, self._restore = group, checkpoint, restore
+        self._engine_ranks = range(0, group.size, engine_every)
         self._queue: deque[Sequence[Request]] = deque()
         self._arrivals: Iterator[tuple[int, list[Completion]]] | None = None
         self._awaited: dict[tuple[int, int], Request] = {}  # of the call under way
@@ -167,5 +174,5 @@ class RolloutFleet:
         order = {draw: number for number, draw in enumerate(dict.fromkeys(r.draw_index for r in requests))}
         shards: list[list[Request]] = [[] for _ in range(self._group.size)]
         for request in requests:
-            shards[order[request.draw_index] % self._group.size].append(request)
+            shards[self._engine_ranks[order[request.draw_index] % len(self._engine_ranks)]].append(request)
         return self._group.start(RolloutWorker.generate, shards)
