@@ -25,6 +25,7 @@ from megatron_dapo.data.files import PromptDataError
 from megatron_dapo.data.judging import UnknownMetricError
 from megatron_dapo.data.prompts import load_prompts
 from megatron_dapo.data.stream import OtherPromptsError
+from megatron_dapo.exit_codes import FAILED, write_exit_status
 from megatron_dapo.mcore.parallel import shutdown
 from megatron_dapo.obs.summary import write_summary
 from megatron_dapo.rewards.failure_rate import RewardFailureRateError
@@ -78,7 +79,9 @@ def evaluate(config: RunConfig, console: Console) -> None:
 
 
 def _on_spmd(config: RunConfig, build: Callable[[RunConfig], WorkerHost], drive: Callable[[Workers], None]) -> None:
-    with SpmdControl.connect() as control:
+    at_forced_end = partial(write_exit_status, Path(config.trainer.default_local_dir), FAILED)
+    stall_seconds = config.trainer.stall_seconds
+    with SpmdControl.connect(stall_seconds=stall_seconds, at_forced_end=at_forced_end) as control:
         if control.is_driver:
             drive(lambda: control.group(build(config)))
         else:
@@ -94,7 +97,7 @@ def _on_ray(config: RunConfig, build: Callable[[RunConfig], WorkerHost], drive: 
             f"runtime.name is ray and {error.name} is not installed: pip install 'megatron_dapo[ray]'"
         ) from error
     runtime, trainer = config.runtime, config.trainer
-    with RayRuntime.connect(runtime.address, runtime.placement_timeout) as cluster:
+    with RayRuntime.connect(runtime.address, runtime.placement_timeout, stall_seconds=trainer.stall_seconds) as cluster:
         drive(lambda: cluster.group(trainer.nnodes or 1, trainer.n_gpus_per_node or 1, partial(build, config)))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
+from megatron_dapo.progress import PROGRESS
 from megatron_dapo.rollout.engine import RolloutEngine
 from megatron_dapo.rollout.failures import EngineFailedError, PortInUseError
 from megatron_dapo.runtime.group import Handle, WorkerGroup
@@ -31,6 +32,7 @@ class RolloutWorker:
         try:
             self.engine.submit(requests)
             while self.engine.pending:
+                PROGRESS.step("generation")  # also where nothing is finished yet: a long rollout is no stall
                 yield self.engine.poll()
         except EngineFailedError as error:
             self.failure = str(error)
@@ -62,6 +64,7 @@ class RolloutWorker:
     def report_failure(self, _: None) -> str:
         return self.failure
 
+    @PROGRESS.patient("an engine is started again")
     def restart_failed(self, _: None) -> None:
         """Start the engine again if it has failed; it has no weights then. A start that fails is a failure again."""
         if self.failure:
@@ -71,6 +74,7 @@ class RolloutWorker:
             except (EngineFailedError, PortInUseError) as error:
                 self.failure = str(error)
 
+    @PROGRESS.patient("an engine is ended")
     def close(self, _: None) -> None:
         self.engine.close()
 

@@ -52,7 +52,9 @@ def references(models: list[Path]) -> list[PreTrainedModel]:
 
 @pytest.fixture(scope="module")
 def engine(models: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangEngine]:
-    config = RolloutConfig(name="sglang", max_num_seqs=32, weight_sync=WeightSyncConfig(bucket_bytes=20_000))  # several buckets a push
+    config = RolloutConfig(
+        name="sglang", max_num_seqs=32, weight_sync=WeightSyncConfig(bucket_bytes=20_000)
+    )  # several buckets a push
     log = tmp_path_factory.mktemp("logs") / "sglang.log"
     engine = SGLangEngine(models[0], [EOS], config, dtype=torch.float32, cuda_device=None, log=log, quiet_limit=20.0)
     with pytest.raises(WeightsNotLoadedError):
