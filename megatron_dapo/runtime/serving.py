@@ -21,7 +21,7 @@ import traceback
 from datetime import timedelta
 from typing import NoReturn
 
-from megatron_dapo.progress import IDLE, START_UP
+from megatron_dapo.progress import IDLE, PROGRESS, START_UP
 from megatron_dapo.runtime.host import WorkerHost, phase_of
 from megatron_dapo.runtime.link import Kind, Link, Message
 from megatron_dapo.runtime.pulse import Pulse, WatchAddress
@@ -46,6 +46,7 @@ class Server:
     def serve(self, host: WorkerHost) -> None:
         """Do what the driver asks until it says to leave. A failure, or the driver's end, ends the process."""
         self._host = host
+        PROGRESS.enter(IDLE)
         while (message := self._inbox.get()).kind is Kind.CALL:
             try:
                 self._answer(host, message)

@@ -30,6 +30,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from megatron_dapo.exit_codes import REQUEUE
+from megatron_dapo.progress import IDLE, PROGRESS
 from megatron_dapo.runtime.group import WorkerError
 from megatron_dapo.runtime.host import WorkerHost, phase_of, streams
 from megatron_dapo.runtime.hub import Hub
@@ -93,6 +94,7 @@ class SpmdControl:
         if self._hub is None:
             raise RuntimeError(f"rank {self.rank} cannot drive; it should serve")
         self._host = host
+        PROGRESS.enter(IDLE)
         return SpmdGroup(host, self._hub, self._watch)
 
     def serve(self, host: WorkerHost) -> None:

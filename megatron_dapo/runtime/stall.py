@@ -19,6 +19,9 @@ from megatron_dapo.progress import IDLE, START_UP
 from megatron_dapo.runtime.beat import Beat
 
 
+NAMED = 8  # of those that wait
+
+
 @dataclass(frozen=True)
 class Seen:
     """A rank's last beat, and the seconds since it came."""
@@ -44,8 +47,8 @@ class Stall:
                 f"rank {beat.rank} has not answered for {self.seconds:.0f} s; it was last seen in {where}. Its process "
                 "is stopped, or native code holds Python's lock; its host may be gone. No stack can be had"
             )
-        peers = ", ".join(str(rank) for rank in self.waiting)
-        waited = f" while rank {peers} waited" if peers else ""
+        peers = ", ".join(str(rank) for rank in self.waiting[:NAMED]) + (", ..." if len(self.waiting) > NAMED else "")
+        waited = f" while {len(self.waiting)} waited (rank {peers})" if self.waiting else ""
         return f"rank {beat.rank} stood still for {self.seconds:.0f} s in {where}{waited}. Its stack:\n{beat.stack}"
 
 
@@ -55,7 +58,8 @@ def find_stall(seen: Mapping[int, Seen], limit: float) -> Stall | None:
         seen: by rank, all that have ever beaten and have not left.
         limit: seconds of standing still, and of others' waiting, that are too long.
     """
-    silent = [rank for rank, one in seen.items() if one.silent >= limit and not _excused(one.beat)]
+    # Nothing but imports, at the start, holds Python's lock for as long.
+    silent = [rank for rank, one in seen.items() if one.silent >= limit and one.beat.phase != START_UP]
     if silent:
         first = max(silent, key=lambda rank: seen[rank].silent)
         return Stall(seen[first].beat, seen[first].silent, True, ())
@@ -66,23 +70,27 @@ def find_stall(seen: Mapping[int, Seen], limit: float) -> Stall | None:
     behind = {rank for rank in still if any(_has_passed(other, still[rank]) for other in still.values())}
     ahead = {rank for rank in still if any(_has_passed(still[rank], other) for other in still.values())}
     if held := [rank for rank in behind - ahead if not still[rank].wait]:
-        return _stall(held, still, idle)
+        return _stall(held, still, beats)
     if not still or len(still) < len(at_work):
         return None  # somebody moves, or takes long for a reason: the others may wait for that
     waiting = {rank for rank in still if still[rank].wait} | ahead
     if waiting != set(still):
-        return _stall([rank for rank in still if rank not in waiting], still, idle) if waiting | idle else None
+        return _stall([rank for rank in still if rank not in waiting], still, beats) if waiting | idle else None
     if last := behind - ahead:
-        return _stall(list(last), still, idle)
+        return _stall(list(last), still, beats)
     least = min(beat.steps for beat in still.values())
     slowest = [rank for rank, beat in still.items() if beat.steps == least]
-    return _stall(slowest, still, idle) if idle or len(slowest) < len(still) else None
+    return _stall(slowest, still, beats) if idle or len(slowest) < len(still) else None
 
 
-def _stall(candidates: list[int], still: Mapping[int, Beat], idle: set[int]) -> Stall:
-    longest = max(candidates, key=lambda rank: (still[rank].still, -rank))
-    waiting = (set(still) | idle) - set(candidates)
-    return Stall(still[longest], still[longest].still, False, tuple(sorted(waiting)))
+def _stall(candidates: list[int], still: Mapping[int, Beat], beats: Mapping[int, Beat]) -> Stall:
+    first = still[max(candidates, key=lambda rank: (still[rank].still, -rank))]
+    waiting = [
+        rank
+        for rank, beat in beats.items()
+        if rank not in candidates and (beat.wait or beat.phase == IDLE or _has_passed(beat, first))
+    ]
+    return Stall(first, first.still, False, tuple(sorted(waiting)))
 
 
 def _has_passed(one: Beat, other: Beat) -> bool:

@@ -94,11 +94,13 @@ class Worker:
         """Rank 1 does not come to the collective in which the others wait for it."""
         PROGRESS.step("micro-batch 3 of 8")
         if self.rank == 1:
+            time.sleep(1)  # so that a beat has told the phase
             ENDINGS[how]()
         dist.all_reduce(torch.ones(1))
 
     def stall_driver(self, how: str) -> None:
         if self.rank == 0:
+            time.sleep(1)
             ENDINGS[how]()
         dist.all_reduce(torch.ones(1))
 
@@ -253,7 +255,8 @@ CASES: dict[str, Callable[[SpmdGroup], Any]] = {
 }
 
 
-SIGNS = {"driver_frozen": ".1", "driver_stalls": ".forced"}  # that a case has ended; else what the driver has found
+# That a case has ended; else it is what the driver has found.
+SIGNS = {"stalls_frozen": ".forced", "driver_stalls": ".forced", "driver_frozen": ".1"}
 WATCHED = ("stalls", "stalls_frozen", "driver_stalls", "driver_frozen", "long_calls")
 
 
@@ -330,12 +333,12 @@ def _status(child: int, sign: Path) -> int | str:
     """The exit status, minus a signal's number; a child that is there 5 s after a file says that others ended is
     killed."""
     deadline = math.inf
-    while time.monotonic() < deadline:
+    while time.time() < deadline:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
             return os.waitstatus_to_exitcode(status)
         if deadline == math.inf and sign.exists():
-            deadline = time.monotonic() + 5
+            deadline = sign.stat().st_mtime + 5
         time.sleep(0.02)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)

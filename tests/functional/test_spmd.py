@@ -204,7 +204,7 @@ def test_a_rank_that_stalls_is_named_with_phase_and_stack_and_can_be_asked_aside
     found = _found(folder, "stalls")
     assert found["stalled"] == 1
     assert "rank 1 stood still for " in found["said"]
-    assert "in Worker.stall, micro-batch 3 of 8 while rank 0, 2 waited. Its stack:" in found["said"]
+    assert "in Worker.stall, micro-batch 3 of 8 while 2 waited (rank 0, 2). Its stack:" in found["said"]
     assert '"sleep": lambda: time.sleep(1000)' in found["said"]
     assert "Aside: [(0, 'a'), (1, 'b'), (2, 'c')]." in found["said"]
     assert _statuses(folder, "stalls") == ["1", "0", "0"]
