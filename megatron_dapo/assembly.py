@@ -176,7 +176,7 @@ def building_trainer(
             make_saver=partial(checkpoints.saver, config.trainer),
         )
         stack.callback(trainer.sample_log.close)
-        group.on_stall(lambda aside: trainer.saver.last_will(PolicyGroup(aside, limits)))
+        group.on_stall(lambda aside: trainer.saver.last_will(lambda: PolicyGroup(aside, limits)))
         if found is not None:
             same_layout = trainer.restore(found)
             how = "" if same_layout else f"; it was saved on another layout ({found.meta.layout}): fresh random streams"

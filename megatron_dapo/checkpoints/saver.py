@@ -99,12 +99,12 @@ class Saver:
         if failure is not None:
             self._rescue(failure)
 
-    def last_will(self, policy: PolicyGroup) -> str:
+    def last_will(self, policy: Callable[[], PolicyGroup]) -> str:
         """Where ranks are stuck and the run is about to be ended: complete the save under way, if that can be. What a
         person should know of it, in words. From any thread.
 
         Args:
-            policy: the ranks, for calls that do not need their main threads.
+            policy: makes the ranks' side, for calls that do not need their main threads.
         """
         said = []
         if (draft := self._draft) is not None:
@@ -118,11 +118,11 @@ class Saver:
             said.append(f"The next start goes on after step {newest.step}, from {newest.path}.")
         return " ".join(said)
 
-    def _completed(self, policy: PolicyGroup) -> str:
+    def _completed(self, policy: Callable[[], PolicyGroup]) -> str:
         if not self._advancing.acquire(blocking=False):  # the main thread is at it, and may be stuck there
             return "is lost: a rank did not take part in its end"
         try:
-            self._finish(policy, wait=True)
+            self._finish(policy(), wait=True)
         except (CheckpointWriteError, WorkerError) as error:
             return f"is lost: {error}"
         finally:

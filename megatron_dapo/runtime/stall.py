@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from megatron_dapo.progress import IDLE, START_UP
 from megatron_dapo.runtime.beat import Beat
 
-
 NAMED = 8  # of those that wait
 
 

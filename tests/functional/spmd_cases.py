@@ -94,13 +94,13 @@ class Worker:
         """Rank 1 does not come to the collective in which the others wait for it."""
         PROGRESS.step("micro-batch 3 of 8")
         if self.rank == 1:
-            time.sleep(1)  # so that a beat has told the phase
+            time.sleep(2)  # so that a beat has told the phase
             ENDINGS[how]()
         dist.all_reduce(torch.ones(1))
 
     def stall_driver(self, how: str) -> None:
         if self.rank == 0:
-            time.sleep(1)
+            time.sleep(2)
             ENDINGS[how]()
         dist.all_reduce(torch.ones(1))
 
