@@ -173,7 +173,7 @@ def _loose_samples(groups: list[Group]) -> list[LooseSample]:
     ]
     logps = [each.completion.logprobs for group in groups for each in group.samples]
     return [
-        LooseSample(token_ids, np.ones_like(logp), np.ones_like(logp), logp)
+        LooseSample(token_ids, np.ones_like(logp), np.ones(1, np.float32), logp)
         for token_ids, logp in zip(ids, logps, strict=True)
     ]
 

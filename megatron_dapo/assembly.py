@@ -59,6 +59,7 @@ from megatron_dapo.types import IntArray, Prompt, SamplingParams
 from megatron_dapo.workers.policy import PolicySettings, PolicyWorker
 from megatron_dapo.workers.policy_group import MicroBatchLimits, PassLimits, PolicyGroup
 from megatron_dapo.workers.rollout import RolloutFleet, RolloutWorker
+from megatron_dapo.workers.turns import Turns
 
 # How far an engine's log-probs may be from the policy's: other kernels, the same weights.
 _PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
@@ -92,8 +93,15 @@ def build_host(config: RunConfig) -> WorkerHost:
     return host
 
 
+def build_policy_host(config: RunConfig) -> WorkerHost:
+    """This rank where engines have ranks of their own; collective over all ranks of the policy."""
+    host = WorkerHost()
+    host.add(PolicyWorker(policy_settings(config)))
+    return host
+
+
 def build_rollout_host(config: RunConfig) -> WorkerHost:
-    """This rank with an engine alone, for evaluation; its weights are those of the checkpoint."""
+    """This rank with an engine alone, which has no weights yet."""
     host = WorkerHost()
     host.add(RolloutWorker(_engine(config)))
     return host
@@ -126,7 +134,7 @@ def policy_settings(config: RunConfig) -> PolicySettings:
 
 @contextmanager
 def building_trainer(
-    config: RunConfig, group: WorkerGroup, datasets: Datasets, tokenizer: PreTrainedTokenizerBase, console: Console
+    config: RunConfig, ranks: Ranks, datasets: Datasets, tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> Iterator[Trainer]:
     """The trainer, restored from its checkpoint where the configuration says so. Leaving ends what it started."""
     directory = Path(config.trainer.default_local_dir)
@@ -135,15 +143,15 @@ def building_trainer(
     total_steps = training_steps(config, len(datasets.train))
     rules = _rules(config)
     limits = _limits(config)
-    policy = PolicyGroup(group, limits)
+    policy = PolicyGroup(ranks.policy, limits)
     checkpoints = _Checkpoints.of(config, policy, console)
     found = checkpoints.find(config.trainer.resume_mode)
     first_step = 0 if found is None else found.meta.step + 1
     interrupts = Interrupts()
-    sync = _weight_sync(config, group, policy, partial(console.print, markup=False, highlight=False))
-    engine = RolloutFleet(group, interrupts.check, sync.restore)
+    sync = _weight_sync(config, ranks, policy, partial(console.print, markup=False, highlight=False))
+    engine = RolloutFleet(ranks.engines, interrupts.check, sync.restore)
     with ExitStack() as stack:
-        stack.callback(_close_engines, group)
+        stack.callback(_close_engines, ranks.engines)
         pool: RewardPool[Any] = stack.enter_context(_reward_pool(config))
         expected = config.data.train_batch_size * config.actor_rollout_ref.rollout.n
         scorer = GuardedPool(pool, config.reward_model.max_failure_rate, expected)
@@ -167,6 +175,7 @@ def building_trainer(
             engine=engine,
             sampler=_sampler(config, datasets.train, engine, scorer, decode, policy),
             sync=sync,
+            turns=_turns(config, ranks, policy, engine),
             evaluator=None if datasets.val is None else _evaluator(config, datasets.val, engine, pool, decode),
             scorer=scorer,
             loggers=stack.enter_context(Loggers(config.trainer.logger, info)),
@@ -176,7 +185,7 @@ def building_trainer(
             make_saver=partial(checkpoints.saver, config.trainer),
         )
         stack.callback(trainer.sample_log.close)
-        group.on_stall(lambda aside: trainer.saver.last_will(lambda: PolicyGroup(aside, limits)))
+        ranks.policy.on_stall(lambda aside: trainer.saver.last_will(lambda: PolicyGroup(aside, limits)))
         if found is not None:
             same_layout = trainer.restore(found)
             how = "" if same_layout else f"; it was saved on another layout ({found.meta.layout}): fresh random streams"
@@ -315,9 +324,13 @@ def _torch_engine(config: RunConfig) -> TorchEngine:
     )
 
 
-def _weight_sync(
-    config: RunConfig, group: WorkerGroup, policy: PolicyGroup, say: Callable[[str], None]
-) -> VerifiedSync:
+def _turns(config: RunConfig, ranks: Ranks, policy: PolicyGroup, engine: RolloutFleet) -> Turns:
+    section = config.actor_rollout_ref
+    sleeps = ranks.colocated and section.rollout.free_cache_engine
+    return Turns(policy, engine, section.actor.offload if ranks.colocated else (), sleeps)
+
+
+def _weight_sync(config: RunConfig, ranks: Ranks, policy: PolicyGroup, say: Callable[[str], None]) -> VerifiedSync:
     section = config.actor_rollout_ref
     settings, dtype = section.rollout.weight_sync, section.actor.megatron.params_dtype
     tolerance = _PROBE_TOLERANCE[dtype] if settings.probe_tolerance is None else settings.probe_tolerance
@@ -328,7 +341,7 @@ def _weight_sync(
         temperature=section.rollout.temperature,
         tolerance=tolerance,
     )
-    return make_weight_sync(Ranks(group, group), policy, settings, DTYPES[dtype], probe, say)
+    return make_weight_sync(ranks, policy, settings, DTYPES[dtype], probe, say)
 
 
 def _sglang_engine(config: RunConfig) -> SGLangEngine:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from rich.console import Console
 
 from megatron_dapo.assembly import (
     build_host,
+    build_policy_host,
     build_rollout_host,
     building_evaluator,
     building_trainer,
@@ -37,6 +38,7 @@ from megatron_dapo.runtime.placement import PlacementError
 from megatron_dapo.runtime.spmd import SpmdControl
 from megatron_dapo.sync.errors import WeightSyncError
 from megatron_dapo.sync.restoring import EnginesKeepFailingError
+from megatron_dapo.sync.survey import Ranks
 from megatron_dapo.trainer import TrainingDivergedError
 from megatron_dapo.types import CheckpointError
 from megatron_dapo.workers.policy_group import CheckpointWriteError
@@ -62,46 +64,56 @@ ENDINGS = (
     WorkerError,
 )
 
-Workers = Callable[[], WorkerGroup]  # builds them, collectively over all ranks
+Build = Callable[[RunConfig], WorkerHost]  # the workers of one rank
+Workers = Callable[[], Sequence[WorkerGroup]]  # builds them all: one group for each `Build`
 
 
 def train(config: RunConfig, console: Console) -> None:
     """Train; the final weights go to `<default_local_dir>/hf` as a Hugging Face checkpoint."""
     started = time.monotonic()
-    RUNTIMES[config.runtime.name](config, build_host, lambda workers: _drive(config, workers, console, started))
+    builds = (build_host,) if config.runtime.colocate else (build_policy_host, build_rollout_host)
+    RUNTIMES[config.runtime.name](config, builds, lambda workers: _drive(config, workers, console, started))
 
 
 def evaluate(config: RunConfig, console: Console) -> None:
     """Evaluate the checkpoint at `model.path`; the numbers also go to `<default_local_dir>/eval.json`."""
     if not config.data.val_files:
         raise ConfigError("data.val_files is empty: name the files to evaluate on")
-    RUNTIMES[config.runtime.name](config, build_rollout_host, lambda workers: _evaluate(config, workers, console))
+    RUNTIMES[config.runtime.name](config, (build_rollout_host,), lambda workers: _evaluate(config, workers, console))
 
 
-def _on_spmd(config: RunConfig, build: Callable[[RunConfig], WorkerHost], drive: Callable[[Workers], None]) -> None:
+def _on_spmd(config: RunConfig, builds: Sequence[Build], drive: Callable[[Workers], None]) -> None:
+    (build,) = builds
     at_forced_end = partial(write_exit_status, Path(config.trainer.default_local_dir), FAILED)
     stall_seconds = config.trainer.stall_seconds
     with SpmdControl.connect(stall_seconds=stall_seconds, at_forced_end=at_forced_end) as control:
         if control.is_driver:
-            drive(lambda: control.group(build(config)))
+            drive(lambda: [control.group(build(config))])
         else:
             control.serve(build(config))
     shutdown()
 
 
-def _on_ray(config: RunConfig, build: Callable[[RunConfig], WorkerHost], drive: Callable[[Workers], None]) -> None:
+def _on_ray(config: RunConfig, builds: Sequence[Build], drive: Callable[[Workers], None]) -> None:
     try:
-        from megatron_dapo.runtime.ray import RayRuntime
+        from megatron_dapo.runtime.ray import RayRuntime, Share
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"runtime.name is ray and {error.name} is not installed: pip install 'megatron_dapo[ray]'"
         ) from error
-    runtime, trainer = config.runtime, config.trainer
+    runtime, trainer, rollout = config.runtime, config.trainer, config.actor_rollout_ref.rollout
+    first, *engines = [partial(build, config) for build in builds]
+    width = rollout.tensor_model_parallel_size
+    shares = [Share(trainer.nnodes or 1, trainer.n_gpus_per_node or 1, first)]
+    shares += [
+        Share(rollout.nnodes or 1, (rollout.n_gpus_per_node or width) // width, build, devices_per_rank=width)
+        for build in engines
+    ]
     with RayRuntime.connect(runtime.address, runtime.placement_timeout, stall_seconds=trainer.stall_seconds) as cluster:
-        drive(lambda: cluster.group(trainer.nnodes or 1, trainer.n_gpus_per_node or 1, partial(build, config)))
+        drive(lambda: cluster.groups(shares))
 
 
-# Name -> where the workers that `build` makes on each rank live, and who drives them.
+# Name -> where the workers that `builds` make live, and who drives them. The second group is the rollout's own.
 RUNTIMES = {"spmd": _on_spmd, "ray": _on_ray}
 
 
@@ -111,7 +123,9 @@ def _drive(config: RunConfig, workers: Workers, console: Console, started: float
     for line in datasets.reports:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     directory = Path(config.trainer.default_local_dir)
-    with building_trainer(config, workers(), datasets, tokenizer, console) as trainer:
+    groups = workers()
+    ranks = Ranks(policy=groups[0], engines=groups[-1])
+    with building_trainer(config, ranks, datasets, tokenizer, console) as trainer:
         progress = trainer.fit()
         trainer.policy.save_hf(str(directory / "hf"))
     write_summary(
@@ -130,7 +144,8 @@ def _evaluate(config: RunConfig, workers: Workers, console: Console) -> None:
     tokenizer = load_tokenizer(config)
     prompts, report = load_prompts(config.data.val_files, tokenizer, config.data)
     console.print(f"val: {report}", markup=False, highlight=False, soft_wrap=True)
-    with building_evaluator(config, workers(), prompts, tokenizer) as evaluator:
+    (group,) = workers()
+    with building_evaluator(config, group, prompts, tokenizer) as evaluator:
         metrics = evaluator.run(step=0).metrics()
     for name, value in metrics.items():
         console.print(f"{name:<40} {value:.4f}", markup=False, highlight=False)

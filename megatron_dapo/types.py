@@ -119,9 +119,12 @@ class Group:
 
 @dataclass(frozen=True)
 class SequenceBatch:
-    """S sequences, each prompt + response, back to back in one buffer."""
+    """S sequences, each prompt + response, back to back in one buffer.
 
-    token_ids: IntArray  # [T]
+    Token ids are 32 bits wide here, which holds any vocabulary: they are most of what travels to the ranks.
+    """
+
+    token_ids: NDArray[np.integer]  # [T]
     lengths: IntArray  # [S] prompt + response tokens
     prompt_lengths: IntArray  # [S]
 
@@ -131,7 +134,7 @@ class SequenceBatch:
         rows = [(g.prompt.token_ids, s.completion.token_ids) for g in groups for s in g.samples]
         parts = [part for row in rows for part in row]
         return SequenceBatch(
-            token_ids=np.concatenate(parts) if parts else np.zeros(0, np.int64),
+            token_ids=np.concatenate(parts, dtype=np.int32) if parts else np.zeros(0, np.int32),
             lengths=np.array([len(p) + len(r) for p, r in rows], np.int64),
             prompt_lengths=np.array([len(p) for p, _ in rows], np.int64),
         )
@@ -170,7 +173,7 @@ def take_ragged(values: NDArray, offsets: IntArray, indices: Sequence[int]) -> N
 
 @dataclass(frozen=True)
 class TokenTerms:
-    """What the loss needs of each response token, [N] each, float32.
+    """What the loss needs of each response token, [N], and of each sequence, [S]: float32.
 
     `weight` is the aggregation: the loss is the plain sum of weight x loss over all tokens of a mini-batch.
     `old_logp` None: the mini-batch is its own old policy, and every ratio is 1.
@@ -178,9 +181,9 @@ class TokenTerms:
     `rollout_logp`, the engine's, is there where truncated importance sampling is on.
     """
 
-    weight: FloatArray
-    advantage: FloatArray
-    old_logp: FloatArray | None
+    weight: FloatArray  # [N]
+    advantage: FloatArray  # [S]: one for all tokens of a response
+    old_logp: FloatArray | None  # [N], as those that follow
     ref_logp: FloatArray | None
     rollout_logp: FloatArray | None
 
@@ -192,7 +195,7 @@ class TokenTerms:
 
         return TokenTerms(
             weight=take_ragged(self.weight, offsets, indices),
-            advantage=take_ragged(self.advantage, offsets, indices),
+            advantage=self.advantage[list(indices)],
             old_logp=chosen(self.old_logp),
             ref_logp=chosen(self.ref_logp),
             rollout_logp=chosen(self.rollout_logp),

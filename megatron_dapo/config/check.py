@@ -29,6 +29,7 @@ def check(config: RunConfig, world_size: int) -> None:
     _check_token_limits(config)
     _check_groups(config)
     _check_kl_in_reward(config)
+    _check_placement(config)
     if config.trainer.test_freq > 0 and not config.data.val_files:
         raise ConfigError(
             f"trainer.test_freq is {config.trainer.test_freq} and data.val_files is empty: "
@@ -69,6 +70,16 @@ def _check_world(config: RunConfig, world_size: int) -> None:
             f"world size {world_size} does not fit {named} = {ranks}; "
             f"start a process for each GPU, or set {' and '.join(numbers)} to null to take what was started"
         )
+
+
+def _check_placement(config: RunConfig) -> None:
+    rollout = config.actor_rollout_ref.rollout
+    for key in ("nnodes", "n_gpus_per_node"):
+        if config.runtime.colocate and getattr(rollout, key) is not None:
+            raise ConfigError(
+                f"actor_rollout_ref.rollout.{key} is {getattr(rollout, key)} and runtime.colocate is true: engines "
+                "live where the policy does; leave it out, or set runtime.colocate=false"
+            )
 
 
 def _check_batches(config: RunConfig, world_size: int) -> None:

@@ -15,6 +15,7 @@ LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
 LossScale = Literal["global", "group", "reference"]
 KLPenalty = Literal["kl", "abs", "mse", "low_var_kl"]
 OldLogProb = Literal["recompute", "rollout", "first_minibatch_free"]
+OffloadPart = Literal["weights", "gradients", "optimizer"]
 OnExhausted = Literal["carry", "error", "stop"]
 Surplus = Literal["carry", "discard"]
 
@@ -220,6 +221,7 @@ class ActorConfig:
     kl_loss_coef: float = 0.0
     kl_loss_type: KLPenalty = "low_var_kl"
     grad_clip: float = 1.0
+    offload: tuple[OffloadPart, ...] = ()  # what goes to host memory while engines on the same GPUs write
     optim: OptimConfig = field(default_factory=OptimConfig)
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
 
@@ -295,10 +297,13 @@ class RolloutConfig:
     top_p: float = 1.0
     top_k: int = -1
     max_num_seqs: int = 256  # sequences that an engine decodes at once
+    nnodes: int | None = None  # of the rollout's own actors, where runtime.colocate is false; 1 if absent
+    n_gpus_per_node: int | None = None  # likewise; as many as one engine takes if absent
     # What follows up to `deterministic` is not for the embedded engine, which has no such thing.
     tensor_model_parallel_size: int = 1  # GPUs of one engine
     gpu_memory_utilization: float = 0.5  # of a GPU's memory, for weights and cache together; not on a CPU
     enforce_eager: bool = False  # no CUDA graphs
+    free_cache_engine: bool = True  # on the policy's GPUs: weights and cache give way while the policy works
     enable_chunked_prefill: bool = True
     max_num_batched_tokens: int = 8192  # tokens of a prefill's chunk
     deterministic: bool = False  # a response depends on its seed, not on its company: slower kernels, CUDA only
@@ -309,7 +314,12 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "n", "max_num_seqs", "log_prob_max_token_len_per_gpu")
-        at_least(self, 1, "tensor_model_parallel_size", "max_num_batched_tokens")
+        at_least(self, 1, "tensor_model_parallel_size", "max_num_batched_tokens", "nnodes", "n_gpus_per_node")
+        if self.n_gpus_per_node is not None and self.n_gpus_per_node % self.tensor_model_parallel_size:
+            raise ConfigError(
+                f"n_gpus_per_node is {self.n_gpus_per_node} and an engine takes tensor_model_parallel_size "
+                f"{self.tensor_model_parallel_size} GPUs of one node; give a multiple of that"
+            )
         above(self, 0, "temperature", "gpu_memory_utilization")
         at_most(self, 1, "gpu_memory_utilization")
         for name, off in (("top_p", 1.0), ("top_k", -1)):
@@ -410,15 +420,14 @@ class RuntimeConfig:
 
     name: Literal["spmd", "ray"] = "spmd"  # this process or those that torchrun started; or a Ray actor each
     address: str | None = None  # of a Ray cluster; RAY_ADDRESS if absent; without both, one on this machine is started
-    colocate: bool = True  # policy and rollout in the same actors
+    colocate: bool = True  # policy and rollout in the same actors, or each in its own
     placement_timeout: float = 60.0  # seconds to wait for room on the cluster
 
     def __post_init__(self) -> None:
         above(self, 0, "placement_timeout")
-        if not self.colocate:
+        if not self.colocate and self.name != "ray":
             raise ConfigError(
-                "colocate is false: weights travel between policy and rollout inside a process alone so far; "
-                "wanted true"
+                f"colocate is false and name is {self.name}, which has one kind of rank; use runtime=ray, or colocate"
             )
 
 

@@ -125,7 +125,7 @@ def build_update(batch: MiniBatch, plan: Plan, weighting: LossWeighting) -> Upda
     weight_S = sequence_weights(weighting.agg_mode, weighting.scale, counts_S, batch.group_ids, layout=layout)
     terms = TokenTerms(
         weight=_zero_at(nonfinite, np.repeat(np.where(counts_S > 0, weight_S, 0).astype(np.float32), lengths_S)),
-        advantage=np.repeat(batch.advantages.astype(np.float32), lengths_S),
+        advantage=batch.advantages.astype(np.float32),
         old_logp=None if batch.old_logp is None else _zero_at(nonfinite, batch.old_logp),
         ref_logp=None if batch.ref_logp is None else _zero_at(nonfinite, batch.ref_logp),
         rollout_logp=None if rollout_logp is None else _zero_at(nonfinite, rollout_logp),

@@ -221,14 +221,14 @@ def _attention_inputs(
 
 
 def _response_tokens(batch: SequenceBatch) -> np.ndarray:
-    """[N] the response tokens, sequence by sequence."""
+    """[N] the response tokens, sequence by sequence, int64."""
     in_sequence = np.arange(len(batch.token_ids)) - np.repeat(batch.cu_seqlens[:-1], batch.lengths)
-    return batch.token_ids[in_sequence >= np.repeat(batch.prompt_lengths, batch.lengths)]
+    return batch.token_ids[in_sequence >= np.repeat(batch.prompt_lengths, batch.lengths)].astype(np.int64)
 
 
 def _head_terms(terms: TokenTerms, sequences: SequenceBatch, chosen: np.ndarray, target: torch.device) -> HeadTerms:
-    def at(values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values[chosen], np.float32)).to(target)
+    def at(values: np.ndarray, where: np.ndarray = chosen) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values[where], np.float32)).to(target)
 
     def where_given(values: np.ndarray | None) -> torch.Tensor | None:
         return None if values is None else at(values)
@@ -236,7 +236,7 @@ def _head_terms(terms: TokenTerms, sequences: SequenceBatch, chosen: np.ndarray,
     sequence = np.repeat(np.arange(len(sequences)), sequences.response_lengths)[chosen]
     return HeadTerms(
         weight=at(terms.weight),
-        advantage=at(terms.advantage),
+        advantage=at(terms.advantage, sequence),
         old_logp=where_given(terms.old_logp),
         ref_logp=where_given(terms.ref_logp),
         rollout_logp=where_given(terms.rollout_logp),

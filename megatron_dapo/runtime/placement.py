@@ -19,11 +19,12 @@ class PlacementError(RuntimeError):
 
 @dataclass(frozen=True)
 class Placement:
-    """Ranks on a cluster: `nodes` times as many as one node holds, one GPU each, or one CPU where there are no GPUs."""
+    """Ranks on a cluster: `nodes` times as many as one node holds, with GPUs, or CPUs where there are no GPUs."""
 
     nodes: int
     ranks_per_node: int
     device: Literal["GPU", "CPU"]
+    devices_per_rank: int = 1  # an engine over several GPUs is one rank
 
     @property
     def size(self) -> int:
@@ -31,16 +32,19 @@ class Placement:
 
     def bundles(self) -> list[dict[str, float]]:
         """What each node has to give. A bundle lies on one node, so tensor parallelism stays inside it."""
-        share: dict[str, float] = {"CPU": self.ranks_per_node}
-        if self.device == "GPU":
-            share["GPU"] = self.ranks_per_node
+        share = {name: number * self.ranks_per_node for name, number in self.of_a_rank().items()}
         return [dict(share) for _ in range(self.nodes)]
+
+    def of_a_rank(self) -> dict[str, float]:
+        """What one rank takes."""
+        cpus: dict[str, float] = {"CPU": self.devices_per_rank}
+        return cpus | {"GPU": self.devices_per_rank} if self.device == "GPU" else cpus
 
     def environment(self, rank: int, address: str, port: int) -> dict[str, str]:
         """What torchrun would set for `rank`, of those variables that torch and Megatron read.
 
         The store at `address` is served already, so no rank starts it. LOCAL_RANK counts the devices that the process
-        sees, and of GPUs Ray shows it one.
+        sees, and of GPUs Ray shows it its own.
         """
         local_rank = 0 if self.device == "GPU" else rank % self.ranks_per_node
         return {
@@ -55,8 +59,8 @@ class Placement:
         }
 
 
-def no_room(wanted: Placement, nodes: Sequence[Resources], free: Resources, seconds: float) -> str:
-    """The message of a placement that was not satisfied in `seconds`.
+def no_room(wanted: Sequence[Placement], nodes: Sequence[Resources], free: Resources, seconds: float) -> str:
+    """The message of placements that were not satisfied together in `seconds`.
 
     Args:
         nodes: all that each node of the cluster has.
@@ -64,10 +68,11 @@ def no_room(wanted: Placement, nodes: Sequence[Resources], free: Resources, seco
     """
     there = "; ".join(f"node {number}: {_words(node)}" for number, node in enumerate(nodes)) or "no node"
     return (
-        f"no room for {wanted.size} ranks within {seconds:g} s. "
-        f"Wanted: {wanted.nodes} x ({_words(wanted.bundles()[0])}), each on one node. "
+        f"no room for {sum(each.size for each in wanted)} ranks within {seconds:g} s. "
+        f"Wanted: {' and '.join(f'{w.nodes} x ({_words(w.bundles()[0])})' for w in wanted)}, each on one node. "
         f"The cluster has {there}. Free now: {_words(free)}. "
-        "Wait for other runs to end, add nodes, or lower trainer.nnodes and trainer.n_gpus_per_node; "
+        "Wait for other runs to end, add nodes, or lower trainer.nnodes and trainer.n_gpus_per_node (and those of "
+        "actor_rollout_ref.rollout where it has actors of its own); "
         "runtime.placement_timeout says how long to wait"
     )
 

@@ -1,10 +1,10 @@
 """Ray: this process drives, and each rank is an actor of its own.
 
     with RayRuntime.connect(address=None) as runtime:
-        group = runtime.group(nodes=1, ranks_per_node=2, build=partial(build_host, config))
+        (group,) = runtime.groups([Share(nodes=1, ranks_per_node=2, build=partial(build_host, config))])
         group.call_all(PolicyWorker.rank_layout)
 
-All ranks of a group are placed together or not at all, a node's share on one node. An actor gets the environment that
+All ranks are placed together or not at all, a node's share of a group on one node. An actor gets the environment that
 torchrun would give its rank, so what runs in it does not know who started it. Arguments go through Ray's object store,
 one object for each distinct shard: their arrays are read where they lie, and are read-only.
 
@@ -22,6 +22,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -36,9 +37,19 @@ from megatron_dapo.runtime.group import RankStalledError, WorkerError
 from megatron_dapo.runtime.host import WorkerHost, phase_of, streams
 from megatron_dapo.runtime.placement import Placement, PlacementError, no_room
 from megatron_dapo.runtime.pulse import Pulse, WatchAddress
-from megatron_dapo.runtime.watch import LastWill, Watch
+from megatron_dapo.runtime.watch import AsideGroup, LastWill, Watch
 
 ECHO_SECONDS = 3.0  # by which Ray's news of a death may come after the errors that the death caused
+
+
+@dataclass(frozen=True)
+class Share:
+    """The ranks of one group, and what each builds: nodes x ranks_per_node."""
+
+    nodes: int
+    ranks_per_node: int
+    build: Callable[[], WorkerHost]
+    devices_per_rank: int = 1  # GPUs, or CPUs where there are no GPUs
 
 
 class RayRuntime:
@@ -46,7 +57,8 @@ class RayRuntime:
 
     def __init__(self, placement_timeout: float, timeout: float, stall_seconds: float | None = None):
         self._placement_timeout, self._timeout, self._stall_seconds = placement_timeout, timeout, stall_seconds
-        self._groups: list[RayGroup] = []
+        self._ending = _Ending()
+        self._places: list[PlacementGroup] = []
 
     @classmethod
     def connect(
@@ -72,20 +84,25 @@ class RayRuntime:
             ray.init(address=address)
         return cls(placement_timeout, timeout, stall_seconds)
 
-    def group(self, nodes: int, ranks_per_node: int, build: Callable[[], WorkerHost]) -> RayGroup:
-        """Place nodes x ranks_per_node ranks and have each build its workers, all at the same time.
+    def groups(self, wanted: Sequence[Share]) -> list[RayGroup]:
+        """Place the ranks of all groups together or none, and have each rank build its workers, group by group.
 
         Raises:
             PlacementError: the cluster has no room for them in time.
             WorkerError: a rank failed in `build`.
         """
         device = "GPU" if ray.cluster_resources().get("GPU") else "CPU"
-        placement = Placement(nodes, ranks_per_node, device)
-        place = _place(placement, self._placement_timeout)
-        group = RayGroup(placement, place, self._timeout, self._stall_seconds)
-        self._groups.append(group)
-        group.build(build)
-        return group
+        placements = [Placement(each.nodes, each.ranks_per_node, device, each.devices_per_rank) for each in wanted]
+        place = _place(placements, self._placement_timeout)
+        self._places.append(place)
+        made, first_bundle = [], 0
+        for placement, share in zip(placements, wanted, strict=True):
+            group = RayGroup(placement, place, first_bundle, self._timeout, self._ending, self._stall_seconds)
+            self._ending.groups.append(group)
+            group.build(share.build)
+            made.append(group)
+            first_bundle += placement.nodes
+        return made
 
     def __enter__(self) -> RayRuntime:
         return self
@@ -96,39 +113,77 @@ class RayRuntime:
 
     def close(self) -> None:
         """End the groups, and not the connection."""
-        for group in self._groups:
+        for group in self._ending.groups:
             group.close()
+        while self._places:
+            remove_placement_group(self._places.pop())
+
+
+class _Ending:
+    """A stall in one group of a run ends them all: the driver may be waiting for another one."""
+
+    def __init__(self) -> None:
+        self.groups: list[RayGroup] = []
+        self._stall: RankStalledError | None = None
+        self._is_raised = threading.Event()
+
+    def fail(self, stall: RankStalledError) -> threading.Event:
+        """End all ranks, so that the driver gets an error where it waits; `check` then makes it this one."""
+        self._stall = stall
+        for group in self.groups:
+            group.kill()
+        return self._is_raised
+
+    def check(self) -> None:
+        """Raises RankStalledError: a rank has stalled."""
+        if self._stall is not None:
+            self._is_raised.set()
+            raise self._stall
 
 
 class RayGroup:
     """A `WorkerGroup` of actors."""
 
-    def __init__(self, placement: Placement, place: PlacementGroup, timeout: float, stall_seconds: float | None):
+    def __init__(
+        self,
+        placement: Placement,
+        place: PlacementGroup,
+        first_bundle: int,
+        timeout: float,
+        ending: _Ending,
+        stall_seconds: float | None,
+    ):
+        """
+        Args:
+            first_bundle: of `place`, the one where this group's bundles begin.
+            ending: of all groups of the run.
+            stall_seconds: see `RayRuntime.connect`.
+        """
         self.size = placement.size
-        self._watch = None if stall_seconds is None else Watch(self.size, stall_seconds, self._fail)
-        self._stall: RankStalledError | None = None
-        self._stall_is_raised = threading.Event()
-        self._placement, self._place, self._timeout = placement, place, timeout
+        self._placement, self._timeout, self._ending = placement, timeout, ending
+        self._watch = None if stall_seconds is None else Watch(self.size, stall_seconds, ending.fail)
         self._busy: str | None = None
-        actor_class: Any = ray.remote(num_cpus=1, num_gpus=1 if placement.device == "GPU" else 0)(_Rank)
+        taken = placement.of_a_rank()
+        actor_class: Any = ray.remote(num_cpus=taken["CPU"], num_gpus=taken.get("GPU", 0))(_Rank)
+
+        def bundle(rank: int) -> PlacementGroupSchedulingStrategy:
+            return PlacementGroupSchedulingStrategy(place, first_bundle + rank // placement.ranks_per_node)
+
         self._ranks: list[Any] = [
-            actor_class.options(
-                scheduling_strategy=PlacementGroupSchedulingStrategy(place, rank // placement.ranks_per_node)
-            ).remote(rank)
-            for rank in range(self.size)
+            actor_class.options(scheduling_strategy=bundle(rank)).remote(rank) for rank in range(self.size)
         ]
 
     def build(self, build: Callable[[], WorkerHost]) -> None:
-        """Give every rank its environment and its workers. Errors as for `RayRuntime.group`."""
+        """Give every rank its environment and its workers. Errors as for `RayRuntime.groups`."""
         opened = self._ranks[0].open_store.options(num_returns="streaming").remote()
-        ((_, (address, port)),) = _Arrivals({opened: 0}, START_UP, self._timeout, self.check)
+        ((_, (address, port)),) = _Arrivals({opened: 0}, START_UP, self._timeout, self._ending.check)
         environments = [self._placement.environment(rank, address, port) for rank in range(self.size)]
         watch = None if self._watch is None else self._watch.address(ray.util.get_node_ip_address())
         calls = {
             actor.build.options(num_returns="streaming").remote(environments[rank], build, watch): rank
             for rank, actor in enumerate(self._ranks)
         }
-        list(_Arrivals(calls, START_UP, self._timeout, self.check))
+        list(_Arrivals(calls, START_UP, self._timeout, self._ending.check))
 
     def start(self, method: Callable[..., Any], shards: Sequence[Any]) -> RayHandle:
         """All ranks begin at once. See `WorkerGroup.start`; what a rank has no worker for is its `WorkerError`.
@@ -138,7 +193,7 @@ class RayGroup:
             RuntimeError: the call before this one was not finished.
             RankStalledError: a rank has stalled.
         """
-        self.check()
+        self._ending.check()
         phase = phase_of(method)
         if len(shards) != self.size:
             raise ValueError(f"{phase}: {len(shards)} shards for {self.size} ranks; give one to each")
@@ -151,7 +206,7 @@ class RayGroup:
             for rank, actor in enumerate(self._ranks)
         }
         self._busy = phase
-        return RayHandle(self, method, _Arrivals(calls, phase, self._timeout, self.check))
+        return RayHandle(self, method, _Arrivals(calls, phase, self._timeout, self._ending.check))
 
     def call(self, method: Callable[..., Any], shards: Sequence[Any]) -> list[Any]:
         """start(...).result()"""
@@ -162,34 +217,27 @@ class RayGroup:
         return self.call(method, [argument] * self.size)
 
     def on_stall(self, last_will: LastWill) -> None:
-        """See `WorkerGroup.on_stall`."""
-        if self._watch is not None:
-            self._watch.last_will = last_will
+        """See `WorkerGroup.on_stall`; a stall in another group of the run counts too."""
+        for group in self._ending.groups:
+            if group._watch is not None:
+                group._watch.last_will = last_will if group is self else lambda _: last_will(self._aside())
 
-    def check(self) -> None:
-        """Raises RankStalledError: a rank has stalled."""
-        if self._stall is not None:
-            self._stall_is_raised.set()
-            raise self._stall
+    def _aside(self) -> AsideGroup:
+        assert self._watch is not None
+        return AsideGroup(self._watch, self.size, None)
 
     def finished(self) -> None:
         """The call under way is through."""
         self._busy = None
 
     def close(self) -> None:
-        """End every rank and give its place back. What hangs is ended too."""
+        """End every rank. What hangs is ended too."""
         if self._watch is not None:
             self._watch.close()
-        self._kill()
-        remove_placement_group(self._place)
+        self.kill()
 
-    def _fail(self, stall: RankStalledError) -> threading.Event:
-        """End all ranks, so that the driver gets an error where it waits; `check` then makes it this one."""
-        self._stall = stall
-        self._kill()
-        return self._stall_is_raised
-
-    def _kill(self) -> None:
+    def kill(self) -> None:
+        """`close`, and nothing of the watch, which may itself be what calls."""
         for actor in self._ranks:
             ray.kill(actor)
 
@@ -309,12 +357,12 @@ class _Rank:
         yield from self._host.stream(function, argument)
 
 
-def _place(placement: Placement, seconds: float) -> PlacementGroup:
-    place = placement_group(placement.bundles(), strategy="PACK")
+def _place(placements: Sequence[Placement], seconds: float) -> PlacementGroup:
+    place = placement_group([bundle for each in placements for bundle in each.bundles()], strategy="PACK")
     if place.wait(seconds):
         return place
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    message = no_room(placement, nodes, ray.available_resources(), seconds)
+    message = no_room(placements, nodes, ray.available_resources(), seconds)
     remove_placement_group(place)
     raise PlacementError(message)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -62,7 +63,12 @@ class Ranks:
             return self.policy.call(function, shards)
         sending = self.policy.start(function, shards[: self.policy.size])
         receiving = self.engines.start(function, shards[self.policy.size :])
-        return [*sending.result(), *receiving.result()]
+        pool = ThreadPoolExecutor(2)  # each side waits for the other: the first that fails is told
+        both = [pool.submit(handle.result) for handle in (sending, receiving)]
+        pool.shutdown(wait=False)
+        for done in as_completed(both):
+            done.result()
+        return [result for side in both for result in side.result()]
 
     def call_all(self, function: Callable[[WorkerHost, Any], Any], argument: Any = None) -> list[Any]:
         return self.call(function, [argument] * self.count)

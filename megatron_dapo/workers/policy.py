@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.storage import WriteResult
 from transformers import AutoConfig
 
-from megatron_dapo.config.tree import MegatronConfig, OptimConfig
+from megatron_dapo.config.tree import MegatronConfig, OffloadPart, OptimConfig
 from megatron_dapo.mcore import checkpoint
 from megatron_dapo.mcore.dist_read import check_model
 from megatron_dapo.mcore.families import shape_of
@@ -29,6 +29,7 @@ from megatron_dapo.mcore.optimizer import (
     zero_gradients,
 )
 from megatron_dapo.mcore.parallel import RankLayout, initialize
+from megatron_dapo.mcore.residence import Residence
 from megatron_dapo.mcore.rng import rng_state, set_rng_state
 from megatron_dapo.mcore.safe_load import refuse_foreign_pickles
 from megatron_dapo.mcore.schedule import Model, TokenStats, forward_backward, log_probs
@@ -95,6 +96,7 @@ class PolicyWorker:
         self.modules = wrap_for_training(self.chunks, settings.megatron)
         self.optimizer = build_optimizer(self.modules, settings.optim, settings.megatron, settings.grad_clip)
         self.model = Model(self.modules, settings.objective, settings.packed, self.chunks[0].config)
+        self.residence = Residence(self.modules, self.optimizer)
         self._save: checkpoint.Save | None = None
         self._reference = _copy_of(self.chunks) if settings.with_reference else []
 
@@ -103,11 +105,13 @@ class PolicyWorker:
 
     def log_probs(self, micro_batches: tuple[SequenceBatch, ...]) -> list[TokenStats]:
         """Log-probs of each micro-batch under the present weights; empty on ranks that do not report."""
+        self.residence.come_back(("weights",))
         found = log_probs(self.model, micro_batches).tokens
         return found if self.layout.reports else []
 
     def reference_log_probs(self, micro_batches: tuple[SequenceBatch, ...]) -> list[TokenStats]:
         """The same under the weights that training began with."""
+        self.residence.come_back(("weights",))
         self._swap_reference()
         try:
             return self.log_probs(micro_batches)
@@ -116,6 +120,7 @@ class PolicyWorker:
 
     def update(self, shard: UpdateShard) -> Iterator[UpdateStats]:
         """One optimizer update a mini-batch; nothing is yielded on ranks that do not report."""
+        self.residence.come_back()
         for number, micro_batches in enumerate(shard.mini_batches):
             zero_gradients(self.modules, self.optimizer)
             result = forward_backward(self.model, micro_batches)
@@ -127,10 +132,16 @@ class PolicyWorker:
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every weight under its Hugging Face name; collective over tensor and pipeline parallelism."""
+        self.residence.come_back(("weights",))
         return export_hf(self.chunks, self.shape)
+
+    def leave_device(self, parts: tuple[OffloadPart, ...]) -> None:
+        """Give the device's memory of `parts` back. What needs one of them brings it back by itself."""
+        self.residence.leave(parts)
 
     def start_save(self, order: SaveOrder) -> None:
         """Begin to write model and optimizer."""
+        self.residence.come_back()
         with nullcontext() if order.background else PROGRESS.patient("a checkpoint is written"):
             self._save = checkpoint.start_save(self.chunks, self.optimizer, order.path, order.background)
 
@@ -155,6 +166,7 @@ class PolicyWorker:
     def load(self, path: str) -> None:
         """What was saved, on any layout."""
         check_model(Path(path), refuse_foreign_pickles(path), self.shape)
+        self.residence.come_back()
         checkpoint.load(self.chunks, self.optimizer, path)
 
     def rng_state(self, _: None) -> dict[str, Any]:

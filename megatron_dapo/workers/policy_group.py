@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_dapo.config.tree import OffloadPart
 from megatron_dapo.data.minibatch import Update
 from megatron_dapo.data.packing import Plan, plan_micro_batches
 from megatron_dapo.digests import FileDigest, digest_files
@@ -150,6 +151,10 @@ class PolicyGroup:
     def save_hf(self, path: str) -> None:
         """Write the present weights as a Hugging Face checkpoint with config and tokenizer."""
         self._group.call_all(PolicyWorker.save_hf, path)
+
+    def leave_device(self, parts: Sequence[OffloadPart]) -> None:
+        """See `PolicyWorker.leave_device`."""
+        self._group.call_all(PolicyWorker.leave_device, tuple(parts))
 
     def _by_replica(self, shard: Callable[[int], Any]) -> list[Any]:
         """[rank] the shard of its data-parallel rank: the same object where ranks share it, so that it travels once."""

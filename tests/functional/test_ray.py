@@ -21,7 +21,7 @@ from tiny_run import make_workspace
 from megatron_dapo.obs.jsonl import deterministic_part, read_metrics
 from megatron_dapo.runtime.group import RankStalledError, WorkerError
 from megatron_dapo.runtime.placement import PlacementError
-from megatron_dapo.runtime.ray import RayGroup, RayRuntime
+from megatron_dapo.runtime.ray import RayGroup, RayRuntime, Share
 
 ROOT = Path(__file__).parents[2]
 MEGATRON = "actor_rollout_ref.actor.megatron"
@@ -30,7 +30,7 @@ LAYOUTS = {"TP2": [f"{MEGATRON}.tensor_model_parallel_size=2"], "DP2": []}
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a cluster with four CPU slots; this process is connected to it."""
+    """Address of a cluster with six CPU slots; this process is connected to it."""
     folder = tmp_path_factory.mktemp("r")  # short: the paths of Ray's sockets have a limit
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{Path(__file__).parent}")
@@ -40,7 +40,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         before = set(psutil.Process().children(recursive=True))
         started = ray.init(
             address="local",
-            num_cpus=4,
+            num_cpus=6,
             num_gpus=0,
             include_dashboard=False,
             object_store_memory=200 * 2**20,
@@ -56,14 +56,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def make_group(cluster: str) -> Iterator[Callable[..., RayGroup]]:
     runtime = RayRuntime(placement_timeout=60, timeout=120)
-    yield lambda build=ray_cases.build, nodes=1, ranks=2: runtime.group(nodes, ranks, build)
+    yield lambda build=ray_cases.build, nodes=1, ranks=2: runtime.groups([Share(nodes, ranks, build)])[0]
     runtime.close()
 
 
 @pytest.fixture(scope="module")
 def group(cluster: str) -> Iterator[RayGroup]:
     runtime = RayRuntime(placement_timeout=60, timeout=120)
-    yield runtime.group(1, 2, ray_cases.build)
+    yield runtime.groups([Share(1, 2, ray_cases.build)])[0]
     runtime.close()
 
 
@@ -138,7 +138,7 @@ STALL_SECONDS = 4.0
 @pytest.fixture
 def watched(cluster: str) -> Iterator[RayGroup]:
     runtime = RayRuntime(placement_timeout=60, timeout=120, stall_seconds=STALL_SECONDS)
-    yield runtime.group(1, 2, ray_cases.build)
+    yield runtime.groups([Share(1, 2, ray_cases.build)])[0]
     runtime.close()
 
 
@@ -174,10 +174,10 @@ def test_a_failure_while_workers_are_built_is_named(make_group: Callable[..., Ra
 def test_a_placement_that_cannot_be_is_told_with_what_is_wanted_and_what_there_is(cluster: str) -> None:
     runtime = RayRuntime(placement_timeout=1, timeout=120)
     with pytest.raises(PlacementError) as found:
-        runtime.group(2, 3, ray_cases.build)
+        runtime.groups([Share(2, 3, ray_cases.build)])
     said = str(found.value)
     assert "no room for 6 ranks within 1 s. Wanted: 2 x (3 CPU, 0 GPU), each on one node" in said
-    assert "The cluster has node 0: 4 CPU, 0 GPU. Free now:" in said
+    assert "The cluster has node 0: 6 CPU, 0 GPU. Free now:" in said
 
 
 def command(config: Path, out: Path, *overrides: str) -> list[str]:
@@ -231,6 +231,14 @@ def test_two_runs_side_by_side_are_those_under_torchrun_to_the_last_bit(
         assert metrics(tmp_path / layout) == metrics(torchrun[layout])
         samples = (tmp_path / layout / "samples.jsonl", torchrun[layout] / "samples.jsonl")
         assert samples[0].read_text() == samples[1].read_text()
+
+
+def test_engines_on_ranks_of_their_own_make_the_same_run(
+    cluster: str, config: Path, torchrun: dict[str, Path], tmp_path: Path
+) -> None:
+    apart = ["runtime.colocate=false", "actor_rollout_ref.rollout.n_gpus_per_node=2"]
+    finish(under_ray(config, tmp_path, cluster, *LAYOUTS["DP2"], *apart))
+    assert metrics(tmp_path) == metrics(torchrun["DP2"])
 
 
 @pytest.mark.slow

@@ -93,7 +93,7 @@ def token_terms(rollouts: Rollouts, weight_S: np.ndarray, logp_N: np.ndarray, re
     repeat = rollouts.sequences.response_lengths
     return TokenTerms(
         weight=np.repeat(weight_S, repeat).astype(np.float32),
-        advantage=np.repeat(rollouts.advantage, repeat).astype(np.float32),
+        advantage=rollouts.advantage.astype(np.float32),
         old_logp=(logp_N - rollouts.shift).astype(np.float32),
         ref_logp=None if ref_N is None else ref_N.astype(np.float32),
         rollout_logp=None,

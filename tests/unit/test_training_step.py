@@ -192,10 +192,10 @@ def test_mini_batches_are_whole_groups_in_accepted_order():
         ((micro_batch,),) = update.ranks
         wanted = SequenceBatch.from_groups(groups)
         assert (micro_batch.sequences.token_ids == wanted.token_ids).all()
-        advantages_N = np.repeat(advantages_S[first : first + len(wanted)], wanted.response_lengths)
-        np.testing.assert_allclose(micro_batch.terms.advantage, advantages_N, rtol=1e-6)
+        advantages = advantages_S[first : first + len(wanted)]
+        np.testing.assert_allclose(micro_batch.terms.advantage, advantages, rtol=1e-6)
         np.testing.assert_allclose(old_logp([update]), engine_logp(groups) + 0.25, rtol=1e-6)
-        np.testing.assert_allclose(micro_batch.terms.weight, 1 / len(advantages_N), rtol=1e-6)
+        np.testing.assert_allclose(micro_batch.terms.weight, 1 / wanted.response_lengths.sum(), rtol=1e-6)
         assert micro_batch.terms.ref_logp is None
 
 
@@ -232,8 +232,7 @@ def test_a_kl_in_the_reward_changes_rewards_and_advantages_alone():
     assert rewards_of(prepared.groups) == pytest.approx(wanted, abs=1e-5)
     ((micro_batch,),) = prepared.updates[0].ranks
     advantages_S = group_advantages(wanted, [1, 1, 2, 2, 2, 3, 3])
-    lengths = SequenceBatch.from_groups(GROUPS).response_lengths
-    np.testing.assert_allclose(micro_batch.terms.advantage, np.repeat(advantages_S, lengths), atol=1e-5)
+    np.testing.assert_allclose(micro_batch.terms.advantage, advantages_S, atol=1e-5)
     assert micro_batch.terms.ref_logp is None
 
 

@@ -203,6 +203,7 @@ def test_the_name_of_a_runtime_stands_for_its_section(write):
         load_config(None, ["runtime=slurm"])
 
 
-def test_rollout_apart_from_the_policy_is_refused_with_the_reason():
-    with pytest.raises(ConfigError, match=r"runtime.colocate is false: weights travel"):
-        load_config(None, ["runtime=ray", "runtime.colocate=false"])
+def test_rollout_apart_from_the_policy_is_rays():
+    assert not load_config(None, ["runtime=ray", "runtime.colocate=false"]).config.runtime.colocate
+    with pytest.raises(ConfigError, match=r"runtime.colocate is false and name is spmd, which has one kind of rank"):
+        load_config(None, ["runtime.colocate=false"])

@@ -61,7 +61,9 @@ def by_token(ranks: tuple[tuple[MicroBatch, ...], ...], name: str) -> dict[int, 
                 sequences.cu_seqlens[s] + sequences.prompt_lengths[s] : sequences.cu_seqlens[s + 1]
             ]
         ]
-        for token, weight, value in zip(ids, micro_batch.terms.weight, getattr(micro_batch.terms, name), strict=True):
+        values = getattr(micro_batch.terms, name)
+        values_N = np.repeat(values, sequences.response_lengths) if name == "advantage" else values
+        for token, weight, value in zip(ids, micro_batch.terms.weight, values_N, strict=True):
             if weight:
                 assert token not in found
                 found[int(token)] = float(value)

@@ -25,7 +25,7 @@ def sequences_of(*lengths: tuple[int, int]) -> SequenceBatch:
 def terms_of(batch: SequenceBatch, with_optional: bool = False) -> TokenTerms:
     values_N = np.arange(int(batch.cu_responses[-1]), dtype=np.float32)
     optional = (values_N + 300, values_N + 400, values_N + 500) if with_optional else (None, None, None)
-    return TokenTerms(values_N + 100, values_N + 200, *optional)
+    return TokenTerms(values_N + 100, np.arange(len(batch), dtype=np.float32) + 200, *optional)
 
 
 def on_cp_ranks(batch: MicroBatch | SequenceBatch, cp_size: int, tp_size: int, packed: bool, sp: bool):
@@ -176,7 +176,7 @@ def test_each_token_keeps_its_own_terms(packed: bool, with_optional: bool):
         source, terms = rank.head.source, rank.head.terms
         assert terms is not None
         assert torch.equal(terms.weight, source + 100.0)
-        assert torch.equal(terms.advantage, source + 200.0)
+        assert torch.equal(terms.advantage, terms.sequence + 200.0)
         for number, values in enumerate((terms.old_logp, terms.ref_logp, terms.rollout_logp)):
             assert (values is not None) == with_optional
             assert values is None or torch.equal(values, source + (300.0 + 100 * number))
