@@ -32,6 +32,7 @@ from megatron_dapo.mcore.parallel import RankLayout, initialize
 from megatron_dapo.mcore.residence import Residence
 from megatron_dapo.mcore.rng import rng_state, set_rng_state
 from megatron_dapo.mcore.safe_load import refuse_foreign_pickles
+from megatron_dapo.mcore.save_plan import Planning
 from megatron_dapo.mcore.schedule import Model, TokenStats, forward_backward, log_probs
 from megatron_dapo.mcore.shard_write import WriteFailure, Written
 from megatron_dapo.mcore.weights import export_hf, load_hf
@@ -97,6 +98,7 @@ class PolicyWorker:
         self.optimizer = build_optimizer(self.modules, settings.optim, settings.megatron, settings.grad_clip)
         self.model = Model(self.modules, settings.objective, settings.packed, self.chunks[0].config)
         self.residence = Residence(self.modules, self.optimizer)
+        self._planning = Planning()
         self._save: checkpoint.Save | None = None
         self._reference = _copy_of(self.chunks) if settings.with_reference else []
 
@@ -142,8 +144,9 @@ class PolicyWorker:
     def start_save(self, order: SaveOrder) -> None:
         """Begin to write model and optimizer."""
         self.residence.come_back()
-        with nullcontext() if order.background else PROGRESS.patient("a checkpoint is written"):
-            self._save = checkpoint.start_save(self.chunks, self.optimizer, order.path, order.background)
+        background = order.background
+        with nullcontext() if background else PROGRESS.patient("a checkpoint is written"):
+            self._save = checkpoint.start_save(self.chunks, self.optimizer, self._planning, order.path, background)
 
     @PROGRESS.patient("a checkpoint is written")
     def save_outcome(self, wait: bool) -> Written | WriteFailure | None:
