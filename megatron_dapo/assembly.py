@@ -143,7 +143,8 @@ def building_trainer(
     copy_side_files(config.actor_rollout_ref.model.path, directory / SIDE)  # for `export`, without the first model
     total_steps = training_steps(config, len(datasets.train))
     rules = _rules(config)
-    policy = PolicyGroup(ranks.policy, _limits(config))
+    limits = _limits(config)
+    policy = PolicyGroup(ranks.policy, limits)
     checkpoints = _Checkpoints.of(config, policy, console)
     found = checkpoints.find(config.trainer.resume_mode)
     first_step = 0 if found is None else found.meta.step + 1
@@ -185,6 +186,7 @@ def building_trainer(
             make_saver=partial(checkpoints.saver, config.trainer),
         )
         stack.callback(trainer.sample_log.close)
+        ranks.policy.on_stall(lambda aside: trainer.saver.last_will(lambda: PolicyGroup(aside, limits)))
         if found is not None:
             same_layout = trainer.restore(found)
             how = "" if same_layout else f"; it was saved on another layout ({found.meta.layout}): fresh random streams"

@@ -27,6 +27,7 @@ from megatron_dapo.data.files import PromptDataError
 from megatron_dapo.data.judging import UnknownMetricError
 from megatron_dapo.data.prompts import load_prompts
 from megatron_dapo.data.stream import OtherPromptsError
+from megatron_dapo.exit_codes import FAILED, write_exit_status
 from megatron_dapo.mcore.parallel import shutdown
 from megatron_dapo.obs.summary import write_summary
 from megatron_dapo.rewards.failure_rate import RewardFailureRateError
@@ -84,7 +85,9 @@ def evaluate(config: RunConfig, console: Console) -> None:
 
 def _on_spmd(config: RunConfig, builds: Sequence[Build], drive: Callable[[Workers], None]) -> None:
     (build,) = builds
-    with SpmdControl.connect() as control:
+    at_forced_end = partial(write_exit_status, Path(config.trainer.default_local_dir), FAILED)
+    stall_seconds = config.trainer.stall_seconds
+    with SpmdControl.connect(stall_seconds=stall_seconds, at_forced_end=at_forced_end) as control:
         if control.is_driver:
             drive(lambda: [control.group(build(config))])
         else:
@@ -109,7 +112,7 @@ def _on_ray(config: RunConfig, builds: Sequence[Build], drive: Callable[[Workers
         return Share(rollout.nnodes or 1, ranks, partial(build, config), devices_per_rank=width)
 
     shares = [share(build) for build in builds]
-    with RayRuntime.connect(runtime.address, runtime.placement_timeout) as cluster:
+    with RayRuntime.connect(runtime.address, runtime.placement_timeout, stall_seconds=trainer.stall_seconds) as cluster:
         drive(lambda: cluster.groups(shares))
 
 

@@ -405,8 +405,10 @@ class TrainerConfig:
     fallback_local_dir: str | None = None  # a folder on another disk, this run's own, for when the first is full
     max_bad_updates: int = 3  # updates in a row with a NaN or infinite loss or gradient before the run stops
     log_samples: int = 64  # samples written to samples.jsonl a step
+    stall_seconds: float | None = 45.0  # that a rank may stand still while others wait; then the run ends; null: never
 
     def __post_init__(self) -> None:
+        above(self, 0, "stall_seconds")
         at_least(self, 1, "nnodes", "n_gpus_per_node", "total_epochs", "total_training_steps", "max_bad_updates")
         at_least(self, 1, "save_total_limit")
         at_least(self, 0, "log_samples")

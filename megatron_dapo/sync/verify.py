@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from megatron_dapo.algo.checksum import add_checksums, checksum
+from megatron_dapo.progress import PROGRESS
 from megatron_dapo.runtime.host import WorkerHost
 from megatron_dapo.sync.errors import WeightSyncError
 from megatron_dapo.sync.plan import Plan
@@ -143,6 +144,7 @@ def policy_checksums(host: WorkerHost, shard: CheckedRegions) -> dict[str, int]:
     slices = LocalSlices(host.get(PolicyWorker))
     found: dict[str, int] = {}
     for region in shard.regions:
+        PROGRESS.step(f"checksum of {region.name}")
         part = checksum(slices.view(region).to(shard.dtype), region.rows[0], region.cols[0])
         found[region.name] = add_checksums((found.get(region.name, 0), part))
     return found

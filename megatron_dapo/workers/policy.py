@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from megatron_dapo.mcore.save_plan import Planning
 from megatron_dapo.mcore.schedule import Model, TokenStats, forward_backward, log_probs
 from megatron_dapo.mcore.shard_write import WriteFailure, Written
 from megatron_dapo.mcore.weights import export_hf, load_hf
+from megatron_dapo.progress import PROGRESS
 from megatron_dapo.types import MicroBatch, SequenceBatch
 
 
@@ -142,12 +144,16 @@ class PolicyWorker:
     def start_save(self, order: SaveOrder) -> None:
         """Begin to write model and optimizer."""
         self.residence.come_back()
-        self._save = checkpoint.start_save(self.chunks, self.optimizer, self._planning, order.path, order.background)
+        background = order.background
+        with nullcontext() if background else PROGRESS.patient("a checkpoint is written"):
+            self._save = checkpoint.start_save(self.chunks, self.optimizer, self._planning, order.path, background)
 
+    @PROGRESS.patient("a checkpoint is written")
     def save_outcome(self, wait: bool) -> Written | WriteFailure | None:
         """This rank's part of the save; None while it is being written."""
         return None if self._save is None else self._save.outcome(wait)
 
+    @PROGRESS.patient("a checkpoint is written")
     def finish_save(self, results: Sequence[Sequence[WriteResult]] | None) -> WriteFailure | None:
         """The end of a save: on rank 0 with the results of all ranks, else with None. Without results on rank 0 the
         save is given up."""
@@ -159,6 +165,7 @@ class PolicyWorker:
             return None
         return save.finish(results)
 
+    @PROGRESS.patient("a checkpoint is read")
     def load(self, path: str) -> None:
         """What was saved, on any layout."""
         check_model(Path(path), refuse_foreign_pickles(path), self.shape)

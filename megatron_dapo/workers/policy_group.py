@@ -20,6 +20,7 @@ from megatron_dapo.digests import FileDigest, digest_files
 from megatron_dapo.mcore.parallel import RankLayout
 from megatron_dapo.mcore.schedule import TokenStats
 from megatron_dapo.mcore.shard_write import WriteFailure, Written
+from megatron_dapo.progress import PROGRESS
 from megatron_dapo.runtime.group import WorkerGroup
 from megatron_dapo.runtime.host import WorkerHost
 from megatron_dapo.types import FloatArray, IntArray, SequenceBatch
@@ -172,6 +173,7 @@ class PolicyGroup:
         return _in_order(compress(replicas, reports), plan, sequences.cu_responses)
 
 
+@PROGRESS.patient("a checkpoint is read")
 def _digest_share(host: WorkerHost, share: tuple[str, tuple[str, ...]]) -> dict[str, FileDigest | None]:
     root, names = share
     return digest_files(Path(root), names)

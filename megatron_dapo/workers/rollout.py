@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from megatron_dapo.progress import PROGRESS
 from megatron_dapo.rollout.engine import ALL_TAGS, RolloutEngine, Tag
 from megatron_dapo.rollout.failures import EngineFailedError, PortInUseError
 from megatron_dapo.runtime.group import Handle, WorkerGroup
@@ -32,6 +33,7 @@ class RolloutWorker:
                 return
             self.engine.submit(requests)
             while self.engine.pending:
+                PROGRESS.step("generation")  # also where nothing is finished yet: a long rollout is no stall
                 yield self.engine.poll()
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -69,6 +71,7 @@ class RolloutWorker:
     def report_failure(self, _: None) -> str:
         return self.failure
 
+    @PROGRESS.patient("an engine is started again")
     def restart_failed(self, _: None) -> None:
         """Start the engine again if it has failed; it has no weights then. A start that fails is a failure again."""
         if self.failure:
@@ -78,6 +81,7 @@ class RolloutWorker:
             except (EngineFailedError, PortInUseError) as error:
                 self.failure = str(error)
 
+    @PROGRESS.patient("an engine is ended")
     def close(self, _: None) -> None:
         self.engine.close()
 
