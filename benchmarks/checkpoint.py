@@ -4,12 +4,14 @@
 
 A Qwen2 model with random weights, its AdamW state, one process. All rounds take turns, so that what else the machine
 does falls on all alike; medians are compared. Raw writes are what `dd bs=4M conv=fsync` does; saves bring their files
-to the disk too. Before each read, raw or not, the files are dropped from the page cache (`posix_fadvise`), so that
-both come from the disk; a second pair of rows has them in memory. A load is all that a resume reads: every byte against
-its checksum, then Megatron's load into model and optimizer. The pause of a background save is the time until training
-goes on; the write then takes its own time.
+to the disk too, and are a run's whole saves, from the driver's state to the published checkpoint. Before each read, raw
+or not, the files are dropped from the page cache (`posix_fadvise`), so that both come from the disk; a second pair of
+rows has them in memory. A load is all that a resume reads: every byte against its checksum, then the load into model
+and optimizer. The pause of a background save is all that training stands still for: until it goes on, and while the
+written checkpoint is published. An update between the saves changes all values.
 
-What is left out: several ranks, network file systems, GPUs.
+What is left out: several ranks, network file systems, GPUs; the prompts' state; that training after a fork copies each
+page of memory that it writes first.
 """
 
 from __future__ import annotations
@@ -31,16 +33,19 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from megatron_dapo.algo.loss import PolicyLossConfig
+from megatron_dapo.checkpoints.meta import Identity
+from megatron_dapo.checkpoints.saver import Saver, SaveRules, Snapshot
+from megatron_dapo.checkpoints.store import MODEL, CheckpointStore
 from megatron_dapo.config.tree import MegatronConfig, OptimConfig
 from megatron_dapo.digests import digest_file
-from megatron_dapo.mcore import checkpoint
-from megatron_dapo.mcore.families import shape_of
-from megatron_dapo.mcore.model import build_model
-from megatron_dapo.mcore.optimizer import apply_update, build_optimizer, wrap_for_training, zero_gradients
-from megatron_dapo.mcore.parallel import initialize, shutdown
-from megatron_dapo.mcore.safe_load import refuse_foreign_pickles
-from megatron_dapo.mcore.shard_write import Written
-from megatron_dapo.mcore.weights import load_hf
+from megatron_dapo.mcore.fused_loss import Objective
+from megatron_dapo.mcore.optimizer import apply_update, zero_gradients
+from megatron_dapo.mcore.parallel import shutdown
+from megatron_dapo.runtime.host import WorkerHost
+from megatron_dapo.runtime.spmd import SpmdControl
+from megatron_dapo.workers.policy import PolicySettings, PolicyWorker
+from megatron_dapo.workers.policy_group import MicroBatchLimits, PassLimits, PolicyGroup
 
 BLOCK = 4 << 20  # bytes
 LOAD_GOAL, PAUSE_GOAL = 0.7, 0.1
@@ -56,23 +61,70 @@ class Measured:
     gigabytes_per_second: float  # of the median; 10^9 bytes
 
 
-@dataclass(frozen=True)
-class State:
-    """A model and its optimizer, and updates of made-up gradients for it."""
+class Run:
+    """A policy with made-up updates, and what saves it."""
 
-    chunks: list
-    modules: list
-    optimizer: checkpoint.ChainedOptimizer
+    def __init__(self, root: Path, model: Path):
+        self.worker = PolicyWorker(_settings(model))
+        host = WorkerHost()
+        host.add(self.worker)
+        no_limit = MicroBatchLimits(None, None)
+        group = SpmdControl.connect().group(host)
+        self.policy = PolicyGroup(group, PassLimits(no_limit, no_limit, no_limit))
+        self.store = CheckpointStore(root)
+        identity = Identity(self.policy.layout, {"family": "qwen2"}, {})
+        self.saver = Saver(self.store, None, self.policy, identity, SaveRules(True, None), self._snapshot, print)
+        self.updates = 0
 
     def update(self) -> None:
-        zero_gradients(self.modules, self.optimizer)
-        for chunk in self.chunks:
+        zero_gradients(self.worker.modules, self.worker.optimizer)
+        for chunk in self.worker.chunks:
             for param in chunk.parameters():
-                param.main_grad.normal_()
-        apply_update(self.optimizer, 1e-4, 0.0)
+                param.main_grad.normal_()  # type: ignore[attr-defined]  (Megatron's)
+        apply_update(self.worker.optimizer, 1e-4, 0.0)
+        self.updates += 1
+
+    def save(self, background: bool) -> tuple[float, float]:
+        """Seconds that training stands still, and until the checkpoint is published."""
+        self.update()
+        begun = time.perf_counter()
+        self.saver.save(background)
+        pause = time.perf_counter() - begun
+        if background:
+            self.worker.save_outcome(wait=True)
+            pause += seconds(self.saver.settle)
+        return pause, time.perf_counter() - begun
+
+    def newest(self) -> Path:
+        """The folder of model and optimizer."""
+        return self.store.entries()[0].path / MODEL
+
+    def load(self) -> None:
+        for path in self.newest().iterdir():  # a resume reads several files at a time; here one thread on both sides
+            digest_file(path)
+        self.worker.load(str(self.newest()))
+
+    def forget_all(self) -> None:
+        shutil.rmtree(self.store.root)
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(self.updates, {"rng": self.policy.rng_states()})
 
 
-def make_state(folder: Path, hidden: int, layers: int) -> State:
+def _settings(model: Path) -> PolicySettings:
+    return PolicySettings(
+        model_path=str(model),
+        packed=True,
+        megatron=MegatronConfig(),
+        optim=OptimConfig(),
+        grad_clip=1.0,
+        objective=Objective(PolicyLossConfig(0.2, 0.28, 10.0), temperature=1.0),
+        seed=1,
+        with_reference=False,
+    )
+
+
+def save_model(folder: Path, hidden: int, layers: int) -> None:
     config = transformers.Qwen2Config(
         hidden_size=hidden,
         intermediate_size=4 * hidden,
@@ -83,34 +135,6 @@ def make_state(folder: Path, hidden: int, layers: int) -> State:
         tie_word_embeddings=False,
     )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    megatron = MegatronConfig()
-    initialize(megatron, seed=1)
-    shape = shape_of(config)
-    chunks = build_model(shape, megatron)
-    load_hf(chunks, shape, folder)
-    modules = wrap_for_training(chunks, megatron)
-    state = State(chunks, modules, build_optimizer(modules, OptimConfig(), megatron, grad_clip=1.0))
-    state.update()
-    return state
-
-
-def save(state: State, folder: Path, background: bool) -> tuple[float, float]:
-    """Seconds until the caller goes on, and until the checkpoint is written."""
-    folder.mkdir()
-    begun = time.perf_counter()
-    saving = checkpoint.start_save(state.chunks, state.optimizer, folder, background)
-    pause = time.perf_counter() - begun
-    written = saving.outcome(wait=True)
-    assert isinstance(written, Written), written
-    assert saving.finish([written.results]) is None
-    return pause, time.perf_counter() - begun
-
-
-def load(state: State, folder: Path) -> None:
-    for path in folder.iterdir():  # a resume reads several files at a time; here one thread reads on both sides
-        digest_file(path)
-    refuse_foreign_pickles(folder)
-    checkpoint.load(state.chunks, state.optimizer, folder)
 
 
 def write_raw(path: Path, size: int, block: bytes) -> None:
@@ -142,33 +166,30 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def one_round(state: State, root: Path, size: int, block: bytes) -> dict[str, float]:
+def one_round(run: Run, raw: Path, size: int, block: bytes) -> dict[str, float]:
     """All kinds once; `size` bytes are written raw."""
-    raw, folder, apart = root / "raw", root / "waited", root / "background"
     took = {"raw write": seconds(lambda: write_raw(raw, size, block))}
-    _, took["save, waited for"] = save(state, folder, background=False)
-    took["pause of a background save"], took["background save, to its end"] = save(state, apart, background=True)
+    _, took["save, waited for"] = run.save(background=False)
+    took["pause of a background save"], took["background save, to its end"] = run.save(background=True)
+    folder = run.newest()
     for where in ("disk", "memory"):
-        for name, action in (
-            ("raw read", lambda: [read_raw(path) for path in folder.iterdir()]),
-            ("load", lambda: load(state, folder)),
-        ):
+        for name, action in (("raw read", lambda: [read_raw(path) for path in folder.iterdir()]), ("load", run.load)):
             if where == "disk":
                 forget(folder.iterdir())
             took[f"{name}, from {where}"] = seconds(action)
-    for path in (folder, apart):
-        shutil.rmtree(path)
+    run.forget_all()
     return took
 
 
 def measure(hidden: int, layers: int, rounds: int, root: Path) -> tuple[list[Measured], int]:
     with tempfile.TemporaryDirectory(dir=root) as folder:
-        state = make_state(Path(folder, "model"), hidden, layers)
-        save(state, Path(folder, "first"), background=False)
-        size = sum(path.stat().st_size for path in Path(folder, "first").iterdir())
-        shutil.rmtree(Path(folder, "first"))
+        save_model(Path(folder, "model"), hidden, layers)
+        run = Run(Path(folder), Path(folder, "model"))
+        run.save(background=False)
+        size = sum(path.stat().st_size for path in run.newest().iterdir())
+        run.forget_all()
         block = os.urandom(BLOCK)
-        found = [one_round(state, Path(folder), size, block) for _ in range(rounds)]
+        found = [one_round(run, Path(folder, "raw"), size, block) for _ in range(rounds)]
         shutdown()
     measured = []
     for name in found[0]:

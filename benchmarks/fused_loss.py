@@ -47,7 +47,7 @@ class Shape:
 
 CPU_SHAPES = (Shape(8192, 512, 32768, "float32"),)
 CUDA_SHAPES = tuple(Shape(n, 5120, v, "bfloat16") for v in (19008, 152064) for n in (8192, 20480, 40960))
-CPU_CHUNKS, CUDA_CHUNKS = (32,), (64, 256, 512, 1024)
+CPU_CHUNKS, CUDA_CHUNKS = (64,), (64, 256, 512, 1024)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ from megatron_dapo.rewards.guarded import GuardedPool
 from megatron_dapo.rewards.pool import RewardPool
 from megatron_dapo.rewards.table import RewardTask, VerifierSpec
 from megatron_dapo.rollout.engine import RolloutEngine
+from megatron_dapo.rollout.no_engine import NoEngine
 from megatron_dapo.rollout.sglang_engine import SGLangEngine
 from megatron_dapo.rollout.torch_engine import TorchEngine
 from megatron_dapo.rollout.vllm_engine import VLLMEngine
@@ -60,6 +61,7 @@ from megatron_dapo.types import IntArray, Prompt, SamplingParams
 from megatron_dapo.workers.policy import PolicySettings, PolicyWorker
 from megatron_dapo.workers.policy_group import MicroBatchLimits, PassLimits, PolicyGroup
 from megatron_dapo.workers.rollout import RolloutFleet, RolloutWorker
+from megatron_dapo.workers.turns import Turns
 
 # How far an engine's log-probs may be from the policy's: other kernels, the same weights.
 _PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
@@ -142,13 +144,14 @@ def building_trainer(
     copy_side_files(config.actor_rollout_ref.model.path, directory / SIDE)  # for `export`, without the first model
     total_steps = training_steps(config, len(datasets.train))
     rules = _rules(config)
-    policy = PolicyGroup(ranks.policy, _limits(config))
+    limits = _limits(config)
+    policy = PolicyGroup(ranks.policy, limits)
     checkpoints = _Checkpoints.of(config, policy, console)
     found = checkpoints.find(config.trainer.resume_mode)
     first_step = 0 if found is None else found.meta.step + 1
     interrupts = Interrupts()
     sync = _weight_sync(config, ranks, policy, partial(console.print, markup=False, highlight=False))
-    engine = RolloutFleet(ranks.engines, interrupts.check, sync.restore)
+    engine = RolloutFleet(ranks.engines, interrupts.check, sync.restore, ranks.engine_every)
     with ExitStack() as stack:
         stack.callback(_close_engines, ranks.engines)
         pool: RewardPool[Any] = stack.enter_context(_reward_pool(config))
@@ -174,6 +177,7 @@ def building_trainer(
             engine=engine,
             sampler=_sampler(config, datasets.train, engine, scorer, decode, policy),
             sync=sync,
+            turns=_turns(config, ranks, policy, engine),
             evaluator=None if datasets.val is None else _evaluator(config, datasets.val, engine, pool, decode),
             scorer=scorer,
             loggers=stack.enter_context(Loggers(config.trainer.logger, info)),
@@ -183,6 +187,7 @@ def building_trainer(
             make_saver=partial(checkpoints.saver, config.trainer),
         )
         stack.callback(trainer.sample_log.close)
+        ranks.policy.on_stall(lambda aside: trainer.saver.last_will(lambda: PolicyGroup(aside, limits)))
         if found is not None:
             same_layout = trainer.restore(found)
             how = "" if same_layout else f"; it was saved on another layout ({found.meta.layout}): fresh random streams"
@@ -236,7 +241,7 @@ def building_evaluator(
 ) -> Iterator[Evaluator[RewardTask]]:
     """An evaluator of the checkpoint's own weights."""
     sync = RestoringSync(CheckpointSync(group, config.actor_rollout_ref.model.path), group, print)
-    engine = RolloutFleet(group, lambda: None, sync.restore)
+    engine = RolloutFleet(group, lambda: None, sync.restore, ranks_per_engine(config))
     with ExitStack() as stack:
         stack.callback(_close_engines, group)
         sync.push(0)
@@ -307,7 +312,15 @@ def _limits(config: RunConfig) -> PassLimits:
 
 
 def _engine(config: RunConfig) -> RolloutEngine:
+    if int(os.environ.get("RANK", 0)) % ranks_per_engine(config):
+        return NoEngine()
     return ENGINES[config.actor_rollout_ref.rollout.name](config)
+
+
+def ranks_per_engine(config: RunConfig) -> int:
+    """Ranks whose devices one engine takes. On ranks of its own an engine's rank has them all."""
+    rollout = config.actor_rollout_ref.rollout
+    return rollout.tensor_model_parallel_size if config.runtime.colocate and rollout.name != "torch" else 1
 
 
 def _torch_engine(config: RunConfig) -> TorchEngine:
@@ -319,6 +332,12 @@ def _torch_engine(config: RunConfig) -> TorchEngine:
         device=device(),
         dtype=DTYPES[section.actor.megatron.params_dtype],
     )
+
+
+def _turns(config: RunConfig, ranks: Ranks, policy: PolicyGroup, engine: RolloutFleet) -> Turns:
+    section = config.actor_rollout_ref
+    sleeps = ranks.colocated and section.rollout.free_cache_engine
+    return Turns(policy, engine, section.actor.offload if ranks.colocated else (), sleeps)
 
 
 def _weight_sync(config: RunConfig, ranks: Ranks, policy: PolicyGroup, say: Callable[[str], None]) -> VerifiedSync:

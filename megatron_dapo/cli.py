@@ -21,7 +21,7 @@ from megatron_dapo.config.arithmetic import format_arithmetic, run_arithmetic
 from megatron_dapo.config.check import check, check_files, planned_world_size
 from megatron_dapo.config.load import LoadedConfig, load_config
 from megatron_dapo.config.tree import ConfigError, RunConfig
-from megatron_dapo.exit_codes import DONE, FAILED, INTERRUPTED, REQUEUE, USAGE_ERROR
+from megatron_dapo.exit_codes import DONE, FAILED, FILE, INTERRUPTED, REQUEUE, USAGE_ERROR, write_exit_status
 
 
 def run() -> None:
@@ -143,9 +143,9 @@ class _Left:
 @contextmanager
 def _exit_status(directory: Path) -> Iterator[_Left]:
     """Leave the exit code of what runs inside in `directory`/exit_status: torchrun answers 1 whatever it was."""
-    path, left = directory / "exit_status", _Left(FAILED)
+    left = _Left(FAILED)
     if _rank() == 0:
-        path.unlink(missing_ok=True)  # a killed process leaves none
+        (directory / FILE).unlink(missing_ok=True)  # a killed process leaves none
     try:
         yield left
     except KeyboardInterrupt:
@@ -159,8 +159,7 @@ def _exit_status(directory: Path) -> Iterator[_Left]:
         raise
     finally:
         if _rank() == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"{left.code}\n")
+            write_exit_status(directory, left.code)
 
 
 def _complain(message: str, code: int = USAGE_ERROR) -> int:

@@ -18,6 +18,7 @@ from megatron_dapo.assembly import (
     building_trainer,
     load_datasets,
     load_tokenizer,
+    ranks_per_engine,
 )
 from megatron_dapo.checkpoints.errors import DamagedCheckpointError, ForeignCheckpointError
 from megatron_dapo.config.tree import ConfigError, RunConfig
@@ -26,6 +27,7 @@ from megatron_dapo.data.files import PromptDataError
 from megatron_dapo.data.judging import UnknownMetricError
 from megatron_dapo.data.prompts import load_prompts
 from megatron_dapo.data.stream import OtherPromptsError
+from megatron_dapo.exit_codes import FAILED, write_exit_status
 from megatron_dapo.mcore.parallel import shutdown
 from megatron_dapo.obs.summary import write_summary
 from megatron_dapo.rewards.failure_rate import RewardFailureRateError
@@ -83,7 +85,9 @@ def evaluate(config: RunConfig, console: Console) -> None:
 
 def _on_spmd(config: RunConfig, builds: Sequence[Build], drive: Callable[[Workers], None]) -> None:
     (build,) = builds
-    with SpmdControl.connect() as control:
+    at_forced_end = partial(write_exit_status, Path(config.trainer.default_local_dir), FAILED)
+    stall_seconds = config.trainer.stall_seconds
+    with SpmdControl.connect(stall_seconds=stall_seconds, at_forced_end=at_forced_end) as control:
         if control.is_driver:
             drive(lambda: [control.group(build(config))])
         else:
@@ -99,14 +103,16 @@ def _on_ray(config: RunConfig, builds: Sequence[Build], drive: Callable[[Workers
             f"runtime.name is ray and {error.name} is not installed: pip install 'megatron_dapo[ray]'"
         ) from error
     runtime, trainer, rollout = config.runtime, config.trainer, config.actor_rollout_ref.rollout
-    first, *engines = [partial(build, config) for build in builds]
-    width = rollout.tensor_model_parallel_size
-    shares = [Share(trainer.nnodes or 1, trainer.n_gpus_per_node or 1, first)]
-    shares += [
-        Share(rollout.nnodes or 1, (rollout.n_gpus_per_node or width) // width, build, devices_per_rank=width)
-        for build in engines
-    ]
-    with RayRuntime.connect(runtime.address, runtime.placement_timeout) as cluster:
+
+    def share(build: Build) -> Share:
+        if runtime.colocate or build is not build_rollout_host:
+            return Share(trainer.nnodes or 1, trainer.n_gpus_per_node or 1, partial(build, config))
+        width = rollout.tensor_model_parallel_size
+        ranks = (rollout.n_gpus_per_node or width) // width
+        return Share(rollout.nnodes or 1, ranks, partial(build, config), devices_per_rank=width)
+
+    shares = [share(build) for build in builds]
+    with RayRuntime.connect(runtime.address, runtime.placement_timeout, stall_seconds=trainer.stall_seconds) as cluster:
         drive(lambda: cluster.groups(shares))
 
 
@@ -121,7 +127,7 @@ def _drive(config: RunConfig, workers: Workers, console: Console, started: float
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     directory = Path(config.trainer.default_local_dir)
     groups = workers()
-    ranks = Ranks(policy=groups[0], engines=groups[-1])
+    ranks = Ranks(policy=groups[0], engines=groups[-1], engine_every=ranks_per_engine(config))
     with building_trainer(config, ranks, datasets, tokenizer, console) as trainer:
         progress = trainer.fit()
         trainer.policy.save_hf(str(directory / "hf"))

@@ -35,6 +35,7 @@ from megatron_dapo.sync.restoring import EnginesKeepFailingError
 from megatron_dapo.training_step import PreparedStep, StepRules, prepare_step
 from megatron_dapo.workers.policy_group import PolicyGroup, UpdateResult
 from megatron_dapo.workers.rollout import RolloutFleet
+from megatron_dapo.workers.turns import Turns
 
 
 class TrainingDivergedError(RuntimeError):
@@ -86,6 +87,7 @@ class Trainer:
     engine: RolloutFleet
     sampler: DynamicSampler[Any]
     sync: WeightSync
+    turns: Turns
     evaluator: Evaluator[Any] | None
     scorer: GuardedPool
     loggers: Loggers
@@ -109,7 +111,7 @@ class Trainer:
             CheckpointWriteError: a checkpoint could not be written, nor at a second try.
         """
         try:
-            self.sync.push(self.progress.weight_version)
+            self._push()
             if self.progress.step == 0 and self.config.val_before_train and self.evaluator is not None:
                 self.loggers.log(0, self._evaluate() | self.timers.flush())
             while self.progress.step < self.total_steps and self._step():
@@ -157,6 +159,8 @@ class Trainer:
             return False
         with self.timers.phase("publish"):
             self.saver.poll()
+        with self.timers.phase("sync"):
+            self.turns.policy_begins()
         prepared = prepare_step(batch.groups, self.policy, self.rules, self.timers)
         with self.timers.phase("update"):
             lr = learning_rate(self.optim, self.progress.step, self.total_steps)
@@ -164,7 +168,8 @@ class Trainer:
         mismatch = prepared.mismatch(self.progress.weight_version, updates[0].logp)
         self.progress = self.progress.after(updates)
         with self.timers.phase("sync"):
-            self.sync.push(self.progress.weight_version)
+            self.turns.weights_change_hands()
+            self._push()
         metrics = _metrics(batch, prepared, updates, lr) | ({} if mismatch is None else mismatch.metrics())
         if self._due(self.config.test_freq) and self.evaluator is not None:
             metrics |= self._evaluate()
@@ -175,6 +180,7 @@ class Trainer:
         if self._due(self.config.save_freq):
             with self.timers.phase("save"):  # after the step's line in metrics.jsonl: a resume cuts what is too much
                 self.saver.save()
+                self.turns.engines_begin()
             self.saved = True
         if self.progress.bad_updates >= self.config.max_bad_updates:
             raise TrainingDivergedError(
@@ -183,6 +189,10 @@ class Trainer:
                 "actor.optim.lr or actor.grad_clip, or look at the last steps of metrics.jsonl and samples.jsonl"
             )
         return not batch.exhausted
+
+    def _push(self) -> None:
+        self.sync.push(self.progress.weight_version)
+        self.turns.engines_begin()
 
     def _rollout(self) -> tuple[StepGroups, int]:
         """The step's groups, and how many response tokens were written for them."""

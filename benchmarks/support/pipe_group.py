@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from megatron_dapo.runtime.group import WorkerError
+from megatron_dapo.runtime.group import WorkerError, WorkerGroup
 from megatron_dapo.runtime.host import WorkerHost, phase_of
 
 Build = Callable[[WorkerHost, Any], None]  # adds a rank's workers to its host
@@ -57,6 +57,9 @@ class PipeGroup:
 
     def call_all(self, method: Callable[..., Any], argument: Any = None) -> list[Any]:
         return self.call(method, [argument] * self.size)
+
+    def on_stall(self, last_will: Callable[[WorkerGroup], str]) -> None:
+        """Nobody watches these."""
 
     def receive(self, rank: int, phase: str) -> Any:
         try:

@@ -12,6 +12,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -55,13 +56,18 @@ def describe(identity: Identity, sequence: int, step: int) -> Meta:
         layout=dict(identity.layout),
         model=dict(identity.model),
         training=dict(identity.training),
-        versions={
-            "megatron_dapo": __version__,
-            "torch": version("torch"),
-            "megatron_core": version("megatron-core"),
-            "python": platform.python_version(),
-        },
+        versions=_versions(),
     )
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {
+        "megatron_dapo": __version__,
+        "torch": version("torch"),
+        "megatron_core": version("megatron-core"),
+        "python": platform.python_version(),
+    }
 
 
 def write_meta(folder: Path, meta: Meta) -> FileDigest:

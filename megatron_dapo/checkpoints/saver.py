@@ -8,6 +8,7 @@ that fails too, the state goes to the fallback folder if there is one, and the r
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import Any
 from megatron_dapo.checkpoints.checksums import write_checksums
 from megatron_dapo.checkpoints.meta import META, Identity, describe, write_meta
 from megatron_dapo.checkpoints.state_file import write_state
-from megatron_dapo.checkpoints.store import MODEL, CheckpointStore, next_sequence
+from megatron_dapo.checkpoints.store import MODEL, CheckpointStore, Entry, next_sequence
 from megatron_dapo.digests import FileDigest
+from megatron_dapo.runtime.group import WorkerError
 from megatron_dapo.workers.policy_group import CheckpointWriteError, PolicyGroup
 
 
@@ -65,6 +67,7 @@ class Saver:
         self._rules, self._snapshot, self._report = rules, snapshot, report
         self._draft: _Draft | None = None
         self._failure: CheckpointWriteError | None = None
+        self._advancing = threading.Lock()
 
     def save(self, background: bool | None = None) -> None:
         """A checkpoint of the run as it stands; an earlier one under way is finished first.
@@ -96,6 +99,36 @@ class Saver:
         if failure is not None:
             self._rescue(failure)
 
+    def last_will(self, policy: Callable[[], PolicyGroup]) -> str:
+        """Where ranks are stuck and the run is about to be ended: complete the save under way, if that can be. What a
+        person should know of it, in words. From any thread.
+
+        Args:
+            policy: makes the ranks' side, for calls that do not need their main threads.
+        """
+        said = []
+        if (draft := self._draft) is not None:
+            how = self._completed(policy)
+            said.append(f"The save after step {draft.step} that was under way {how}.")
+        stores = [self._store, *([self._fallback] if self._fallback else [])]
+        newest = max((entry for store in stores for entry in store.entries()), key=_sequence, default=None)
+        if newest is None:
+            said.append("There is no checkpoint: the next start begins anew.")
+        else:
+            said.append(f"The next start goes on after step {newest.step}, from {newest.path}.")
+        return " ".join(said)
+
+    def _completed(self, policy: Callable[[], PolicyGroup]) -> str:
+        if not self._advancing.acquire(blocking=False):  # the main thread is at it, and may be stuck there
+            return "is lost: a rank did not take part in its end"
+        try:
+            self._finish(policy(), wait=True)
+        except (CheckpointWriteError, WorkerError) as error:
+            return f"is lost: {error}"
+        finally:
+            self._advancing.release()
+        return "was completed" if self._draft is None else "is lost: it had only begun"
+
     def _begin(self, store: CheckpointStore, background: bool) -> None:
         snapshot = self._snapshot()
         sequence = next_sequence(self._store, *([self._fallback] if self._fallback else []))
@@ -115,11 +148,15 @@ class Saver:
             self._advance(wait=True)
 
     def _advance(self, wait: bool) -> None:
+        with self._advancing:
+            self._finish(self._policy, wait)
+
+    def _finish(self, policy: PolicyGroup, wait: bool) -> None:
         draft = self._draft
         if draft is None:
             return
         try:
-            written = self._policy.finish_save(wait)
+            written = policy.finish_save(wait)
             if written is None:
                 return
             known = draft.digests | {f"{MODEL}/{name}": digest for name, digest in written.items()}
@@ -159,6 +196,10 @@ class Saver:
             f"{again}; the state after step {self._snapshot().step} is saved in {self._fallback.root}. Make room and "
             "start the same command again: it goes on from there"
         )
+
+
+def _sequence(entry: Entry) -> int:
+    return entry.sequence
 
 
 def _unwritten(path: Path, error: Exception) -> CheckpointWriteError:

@@ -19,10 +19,10 @@ def at_least(section: object, least: float, *names: str) -> None:
 
 
 def above(section: object, bound: float, *names: str) -> None:
-    """Each named field is more than `bound`."""
+    """Each named field is more than `bound`; one that is None is left alone."""
     for name in names:
         value = getattr(section, name)
-        if value <= bound:
+        if value is not None and value <= bound:
             raise ConfigError(f"{name} is {value}: wanted more than {bound}")
 
 

@@ -29,7 +29,7 @@ def check(config: RunConfig, world_size: int) -> None:
     _check_token_limits(config)
     _check_groups(config)
     _check_kl_in_reward(config)
-    _check_placement(config)
+    _check_placement(config, world_size)
     if config.trainer.test_freq > 0 and not config.data.val_files:
         raise ConfigError(
             f"trainer.test_freq is {config.trainer.test_freq} and data.val_files is empty: "
@@ -72,8 +72,14 @@ def _check_world(config: RunConfig, world_size: int) -> None:
         )
 
 
-def _check_placement(config: RunConfig) -> None:
+def _check_placement(config: RunConfig, world_size: int) -> None:
     rollout = config.actor_rollout_ref.rollout
+    node = config.trainer.n_gpus_per_node or world_size
+    if config.runtime.colocate and rollout.name != "torch" and node % rollout.tensor_model_parallel_size:
+        raise ConfigError(
+            f"actor_rollout_ref.rollout.tensor_model_parallel_size is {rollout.tensor_model_parallel_size} and a node "
+            f"has {node} ranks: an engine takes the GPUs of so many ranks of one node; give a divisor of {node}"
+        )
     for key in ("nnodes", "n_gpus_per_node"):
         if config.runtime.colocate and getattr(rollout, key) is not None:
             raise ConfigError(

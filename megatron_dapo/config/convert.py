@@ -77,9 +77,9 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 def _to_tuple(wanted: Any, value: object, key: str) -> tuple[Any, ...]:
     kinds = get_args(wanted)
-    if kinds == (str, ...):
+    if Ellipsis in kinds:
         value = [value] if isinstance(value, str) else value
-        kinds = (str,) * len(value) if isinstance(value, list) else ()
+        kinds = (kinds[0],) * len(value) if isinstance(value, list) else ()
     if not isinstance(value, list) or len(value) != len(kinds):
         raise _wrong_type(key, value, _describe(wanted))
     return tuple(to_type(kind, item, f"{key}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
@@ -93,7 +93,9 @@ def _describe(wanted: Any) -> str:
         choices = ", ".join(args)
         return f"one of {choices}" if len(args) > 1 else f"{choices}, the only choice"
     if origin is tuple:
-        return "a list of text" if Ellipsis in args else f"a list of {len(args)} numbers"
+        if Ellipsis not in args:
+            return f"a list of {len(args)} numbers"
+        return "a list of text" if args[0] is str else f"a list of texts, each {_describe(args[0])}"
     return "a mapping of text to text" if origin is dict else _SCALARS[wanted]
 
 

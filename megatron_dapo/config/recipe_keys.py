@@ -174,6 +174,7 @@ NOT_OF_THE_EMBEDDED_ENGINE: Mapping[str, str] = {
     f"{_ROLLOUT}.enable_chunked_prefill": "the embedded engine prefills a prompt whole, once a group",
     f"{_ROLLOUT}.max_num_batched_tokens": "the embedded engine limits sequences: rollout.max_num_seqs",
     f"{_ROLLOUT}.enforce_eager": "the embedded engine has no CUDA graphs",
+    f"{_ROLLOUT}.free_cache_engine": "the embedded engine keeps no cache between rollouts",
 }
 
 # Of the recipe's trainer, without a meaning here: a key, or a section with all that is below it -> why.
@@ -182,7 +183,6 @@ NO_MEANING: Mapping[str, str] = {
     f"{_ACTOR}.strategy": "Megatron is the only one here; leave it out",
     f"{_ACTOR}.fsdp_config": "there is no FSDP here; leave it out",
     f"{_REF}.fsdp_config": "there is no FSDP here; leave it out",
-    f"{_ROLLOUT}.free_cache_engine": "the embedded engine keeps no cache between rollouts; leave it out",
     f"{_ROLLOUT}.enable_prefix_caching": "the embedded engine computes a prompt once a group; leave it out",
     "algorithm.gamma": "the group advantage discounts nothing; leave it out",
     "algorithm.lam": "the group advantage discounts nothing; leave it out",

@@ -15,6 +15,7 @@ LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
 LossScale = Literal["global", "group", "reference"]
 KLPenalty = Literal["kl", "abs", "mse", "low_var_kl"]
 OldLogProb = Literal["recompute", "rollout", "first_minibatch_free"]
+OffloadPart = Literal["weights", "gradients", "optimizer"]
 OnExhausted = Literal["carry", "error", "stop"]
 Surplus = Literal["carry", "discard"]
 
@@ -220,6 +221,7 @@ class ActorConfig:
     kl_loss_coef: float = 0.0
     kl_loss_type: KLPenalty = "low_var_kl"
     grad_clip: float = 1.0
+    offload: tuple[OffloadPart, ...] = ()  # what goes to host memory while engines on the same GPUs write
     optim: OptimConfig = field(default_factory=OptimConfig)
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
 
@@ -301,6 +303,7 @@ class RolloutConfig:
     tensor_model_parallel_size: int = 1  # GPUs of one engine
     gpu_memory_utilization: float = 0.5  # of a GPU's memory, for weights and cache together; not on a CPU
     enforce_eager: bool = False  # no CUDA graphs
+    free_cache_engine: bool = True  # on the policy's GPUs: weights and cache give way while the policy works
     enable_chunked_prefill: bool = True
     max_num_batched_tokens: int = 8192  # tokens of a prefill's chunk
     deterministic: bool = False  # a response depends on its seed, not on its company: slower kernels, CUDA only
@@ -402,8 +405,10 @@ class TrainerConfig:
     fallback_local_dir: str | None = None  # a folder on another disk, this run's own, for when the first is full
     max_bad_updates: int = 3  # updates in a row with a NaN or infinite loss or gradient before the run stops
     log_samples: int = 64  # samples written to samples.jsonl a step
+    stall_seconds: float | None = 45.0  # that a rank may stand still while others wait; then the run ends; null: never
 
     def __post_init__(self) -> None:
+        above(self, 0, "stall_seconds")
         at_least(self, 1, "nnodes", "n_gpus_per_node", "total_epochs", "total_training_steps", "max_bad_updates")
         at_least(self, 1, "save_total_limit")
         at_least(self, 0, "log_samples")

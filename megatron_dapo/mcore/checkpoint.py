@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_dapo.mcore.dist_load import load_sharded
 from megatron_dapo.mcore.safe_load import read_metadata
-from megatron_dapo.mcore.save_plan import SavePlanned, plan_save
+from megatron_dapo.mcore.save_plan import Planning, SavePlanned
 from megatron_dapo.mcore.shard_write import PendingWrite, ShardFiles, WriteFailure, Written
 
 _SHARDING = {
@@ -60,12 +60,15 @@ class Save:
         return None
 
 
-def start_save(chunks: Sequence[GPTModel], optimizer: ChainedOptimizer, path: str | Path, background: bool) -> Save:
+def start_save(
+    chunks: Sequence[GPTModel], optimizer: ChainedOptimizer, planning: Planning, path: str | Path, background: bool
+) -> Save:
     """Begin to write both into the existing, empty folder `path`. Collective; writes nothing before it returns
-    but, without `background`, this rank's own files."""
+    but, without `background`, this rank's own files. `planning` is the same for all saves of these two."""
     _make_adam_state(optimizer)
-    sharded, common = save_preprocess(_sharded_state(chunks, optimizer, loading=False))
-    plan = plan_save(sharded, Path(path))
+    state = _sharded_state(chunks, optimizer, loading=False)
+    sharded, common = save_preprocess(state, validate_access_integrity=False)  # `planning` validates
+    plan = planning.plan(sharded, common, Path(path))
     files = ShardFiles(plan.buckets, (Path(path) / "common.pt", common) if dist.get_rank() == 0 else None)
     return Save(plan, files, background)
 

@@ -2,9 +2,9 @@
 
 For each chunk of tokens: logits on the local vocabulary shard and their statistics (`fused/blocked.py` on a CPU,
 `fused/rows.py` on CUDA); one all-gather of four statistics a token (`fused/softmax.py`); the objective and its slopes
-(`fused/objective.py`); the gradient in place of the logits, and from it that of hidden states and weight. Three matrix
-products. Logits live for one chunk and are never kept; only sequence-level ratios compute them twice, for the ratio of
-a sequence has to be known before the gradient of its first token.
+(`fused/objective.py`); the gradient of hidden states and weight, on CUDA through that of the logits in their place.
+Three matrix products. Logits live for one chunk and are never kept; only sequence-level ratios compute them twice, for
+the ratio of a sequence has to be known before the gradient of its first token.
 
 Axes: `n` tokens, `h` hidden size, `v` rows of the vocabulary on this rank.
 """

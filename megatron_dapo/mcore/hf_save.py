@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from megatron_dapo.progress import PROGRESS
+
 SHARD_BYTES = 5 * 10**9
 SIDE_FILES = (
     "config.json",
@@ -59,12 +61,17 @@ def save_hf(
     for name, tensor in tensors:
         if writes:
             if current is not None and files[name] != current:
-                save_file(held, path / current, _FORMAT)
+                _write(held, path / current)
                 held = {}
             current = files[name]
             held[name] = tensor.to("cpu", dtype).contiguous()
     if writes and current is not None:
-        save_file(held, path / current, _FORMAT)
+        _write(held, path / current)
+
+
+@PROGRESS.patient("a file of weights is written")
+def _write(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    save_file(tensors, file, _FORMAT)
 
 
 def _assign(shapes: dict[str, tuple[int, ...]], element_size: int, shard_bytes: int) -> dict[str, str]:

@@ -18,6 +18,7 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_dapo.config.tree import MegatronConfig, OptimConfig
 from megatron_dapo.mcore.model import DTYPES
+from megatron_dapo.progress import PROGRESS
 
 
 def wrap_for_training(chunks: Sequence[GPTModel], config: MegatronConfig) -> list[DistributedDataParallel]:
@@ -98,6 +99,7 @@ def apply_update(optimizer: ChainedOptimizer, lr: float, loss: float) -> UpdateO
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
+    PROGRESS.step("the gradients' norm")
     found_inf = optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
     if found_inf or not _finite_everywhere(loss, grad_norm):
@@ -105,6 +107,7 @@ def apply_update(optimizer: ChainedOptimizer, lr: float, loss: float) -> UpdateO
     for part in optimizer.chained_optimizers:
         if part.config.clip_grad > 0:
             clip_grad_by_total_norm_fp32(list(part.get_parameters()), part.config.clip_grad, grad_norm)
+    PROGRESS.step("the optimizer's step")
     optimizer.step_with_ready_grads()
     return UpdateOutcome(True, grad_norm)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from megatron_dapo.config.tree import ConfigError, MegatronConfig
 
@@ -111,7 +111,5 @@ def _start_process_group(timeout: timedelta) -> None:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(backend, timeout=timeout)
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1, timeout=timeout)
+    # A store of its own: no port that another run of this host could want.
+    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)

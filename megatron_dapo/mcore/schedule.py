@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,6 +18,7 @@ from megatron_dapo.mcore.batch import RankBatch, rank_batch
 from megatron_dapo.mcore.fused_loss import SUMS, Objective
 from megatron_dapo.mcore.head import DapoHead
 from megatron_dapo.mcore.parallel import RankLayout, current_layout
+from megatron_dapo.progress import PROGRESS
 from megatron_dapo.types import FloatArray, MicroBatch, SequenceBatch
 
 
@@ -61,7 +63,7 @@ def _run(model: Model, micro_batches: Sequence[MicroBatch] | Sequence[SequenceBa
     layout = current_layout()
     batches = [rank_batch(mb, layout, model.packed, model.config.sequence_parallel) for mb in micro_batches]
     outputs: list[dict[str, Any]] = get_forward_backward_func()(
-        forward_step_func=_forward_step(model.objective),
+        forward_step_func=_forward_step(model.objective, len(batches) * len(model.chunks)),
         data_iterator=[iter(batches) for _ in model.chunks] if len(model.chunks) > 1 else iter(batches),
         model=list(model.chunks),
         num_microbatches=len(batches),
@@ -69,6 +71,7 @@ def _run(model: Model, micro_batches: Sequence[MicroBatch] | Sequence[SequenceBa
         micro_batch_size=max(batch.model.token_ids.size(0) for batch in batches),
         forward_only=forward_only,
     )
+    PROGRESS.step("the end of a pass")
     if not outputs:
         return PassResult(dict.fromkeys(SUMS, 0.0), [])
     sums = _over_context(torch.stack([output["sums"] for output in outputs]).sum(0), layout)
@@ -76,8 +79,11 @@ def _run(model: Model, micro_batches: Sequence[MicroBatch] | Sequence[SequenceBa
     return PassResult(dict(zip(SUMS, sums.tolist(), strict=True)), tokens)
 
 
-def _forward_step(objective: Objective) -> Any:
+def _forward_step(objective: Objective, count: int) -> Any:
+    numbers = itertools.count(1)  # with several chunks, a micro-batch's pass through each counts
+
     def step(iterator: Iterator[RankBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        PROGRESS.step(f"micro-batch {next(numbers)} of {count}")
         batch = next(iterator)
         last = get_attr_wrapped_model(model, "post_process")
         head = cast(DapoHead, get_attr_wrapped_model(model, "output_layer")) if last else None
@@ -90,6 +96,7 @@ def _forward_step(objective: Objective) -> Any:
         found = {"sums": result.sums, "logp": result.logp, "entropy": result.entropy}
 
         def loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+            PROGRESS.step(PROGRESS.label)
             # 0 tokens: `finalize_model_grads` then divides by nothing, for the weights hold the denominators.
             return output.sum(), torch.zeros((), dtype=torch.int, device=output.device), found
 

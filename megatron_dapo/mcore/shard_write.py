@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -78,6 +79,7 @@ class PendingWrite:
 
     def __init__(self, files: ShardFiles, background: bool):
         self._outcome: Written | WriteFailure | None = None
+        self._asked = threading.Lock()  # where a run stalls, it is asked from a thread beside the main one
         if not background:
             self._outcome = _outcome(files.write)
             return
@@ -86,14 +88,15 @@ class PendingWrite:
         sender.close()  # so that the child's death ends the pipe
 
     def outcome(self, wait: bool) -> Written | WriteFailure | None:
-        """None while the write goes on."""
-        if self._outcome is None and (wait or self._receiver.poll()):
-            try:
-                self._outcome = self._receiver.recv()
-                self._join()
-            except EOFError:
-                self._outcome = WriteFailure(_ending(self._join()))
-        return self._outcome
+        """None while the write goes on. From any thread."""
+        with self._asked:
+            if self._outcome is None and (wait or self._receiver.poll()):
+                try:
+                    self._outcome = self._receiver.recv()
+                    self._join()
+                except EOFError:
+                    self._outcome = WriteFailure(_ending(self._join()))
+            return self._outcome
 
     def abandon(self) -> None:
         """End the write, whatever it has done."""

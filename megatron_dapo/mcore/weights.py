@@ -20,6 +20,7 @@ from megatron_dapo.mcore.families import ModelShape
 from megatron_dapo.mcore.families.names import Piece, Shard, global_name, hf_shapes, pieces, sharded_dim
 from megatron_dapo.mcore.hf_read import HfReader
 from megatron_dapo.mcore.parallel import RankLayout, current_layout
+from megatron_dapo.progress import PROGRESS
 
 
 def load_hf(chunks: Sequence[GPTModel], shape: ModelShape, path: str | Path) -> None:
@@ -49,6 +50,7 @@ def export_hf(chunks: Sequence[GPTModel], shape: ModelShape) -> Iterator[tuple[s
     owners = _owning_stages(mine, layout)
     dtype = next(chunks[0].parameters()).dtype
     for name, dims in hf_shapes(shape).items():
+        PROGRESS.step(f"weight {name}")
         full = torch.zeros(dims, dtype=dtype, device=next(chunks[0].parameters()).device)
         for piece, data in mine.get(name, ()) if owners[name] == layout.pp_rank else ():
             full[piece.hf_index(len(dims))] = data[piece.local_index(len(dims))]

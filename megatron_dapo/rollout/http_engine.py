@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from megatron_dapo.config.tree import RolloutConfig
+from megatron_dapo.progress import PROGRESS
 from megatron_dapo.rollout.engine import ALL_TAGS, Tag
 from megatron_dapo.rollout.exchange import Exchange, RefusedError
 from megatron_dapo.rollout.failures import EngineFailedError, EngineHangsError, WeightsNotLoadedError
@@ -302,7 +303,8 @@ class HttpEngine(ABC):
 
     def _call(self, path: str, body: Any) -> Any:
         try:
-            return self._exchange.call(path, body, CALL_SECONDS)
+            with PROGRESS.patient(f"the server works on {path}"):  # it has a time limit of its own
+                return self._exchange.call(path, body, CALL_SECONDS)
         except EngineFailedError as error:
             self._fail(error)
 

@@ -44,6 +44,13 @@ class WorkerGroup(Protocol):
         """The same argument on every rank."""
         ...
 
+    def on_stall(self, last_will: Callable[[WorkerGroup], str]) -> None:
+        """What to do when a rank stalls, in another thread than the main one, before the run is ended.
+
+        `last_will` gets a group whose calls run beside the ranks' main threads, and returns what is saved, in words.
+        """
+        ...
+
 
 class WorkerError(RuntimeError):
     """A worker failed. The message names rank and phase and ends with the rank's own traceback."""
@@ -51,3 +58,12 @@ class WorkerError(RuntimeError):
     def __init__(self, rank: int, phase: str, traceback: str):
         super().__init__(f"rank {rank} failed in {phase}:\n{traceback}")
         self.rank, self.phase, self.traceback = rank, phase, traceback
+
+
+class RankStalledError(WorkerError):
+    """A rank stood still while others waited for it. The message names it, its phase and its stack, and what is saved;
+    it is `traceback` too."""
+
+    def __init__(self, rank: int, phase: str, report: str):
+        super().__init__(rank, phase, report)
+        self.args = (report,)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any, TypeVar
 
-IDLE = "waiting for a call"
+from megatron_dapo.progress import IDLE, PROGRESS
 
 W = TypeVar("W")
 
@@ -66,11 +66,12 @@ class WorkerHost:
         """
         receiver = self.receiver(function)
         before, self.phase = self.phase, phase_of(function)
-        if streams(function):
-            yield from function(receiver, argument)
-        else:
-            yield function(receiver, argument)
+        PROGRESS.enter(self.phase)
+        for item in function(receiver, argument) if streams(function) else (function(receiver, argument),):
+            with PROGRESS.patient("the driver has the word"):
+                yield item
         self.phase = before
+        PROGRESS.enter(before)
 
     def receiver(self, function: Callable[..., Any]) -> object:
         """Whom the function gets as its first argument: a worker, or this host. Errors as for `stream`."""

@@ -15,10 +15,11 @@ from typing import Any
 
 from torch.distributed import Work
 
-from megatron_dapo.runtime.group import WorkerError
-from megatron_dapo.runtime.host import IDLE
+from megatron_dapo.progress import IDLE, START_UP
+from megatron_dapo.runtime.group import RankStalledError, WorkerError
 from megatron_dapo.runtime.link import Kind, Link, Message
-from megatron_dapo.runtime.serving import LEAVE_SECONDS, START_UP
+from megatron_dapo.runtime.pulse import WatchAddress
+from megatron_dapo.runtime.serving import LEAVE_SECONDS
 
 ECHO_SECONDS = 1.0  # by which the news of a death may come after the errors that the death caused
 
@@ -36,9 +37,24 @@ class Hub:
         self._inbox: queue.SimpleQueue[tuple[int, Message]] = queue.SimpleQueue()
         self._ended: dict[int, Message] = {}  # rank -> its last message, in order of arrival
         self._phases = dict.fromkeys(self.links, START_UP)
+        self._stall: RankStalledError | None = None
+        self._stall_is_raised = threading.Event()
         self._threads = [threading.Thread(target=self._listen, args=(link,), daemon=True) for link in links]
         for thread in self._threads:
             thread.start()
+
+    def tell_where_to_beat(self, address: WatchAddress) -> None:
+        """Before the first call."""
+        message = Message.of(Kind.WATCH, address)
+        self._greetings = [link.post(message) for link in self.links.values()]  # kept while they are under way
+
+    def fail(self, stall: RankStalledError) -> threading.Event:
+        """Let the driver raise `stall` at its next call, or where it waits now, and tell all ranks to leave: that
+        breaks the collectives in which it may be stuck. From any thread. The event says that it is being raised."""
+        self._stall = stall
+        self._farewells = self._tell_to_leave()
+        self._inbox.put((stall.rank, Message(Kind.CLOSED)))
+        return self._stall_is_raised
 
     def send(self, function: Callable[..., Any], shards: Sequence[Any]) -> None:
         """Give each rank its shard, `shards[rank]`. What cannot be pickled is found before anything is sent.
@@ -78,8 +94,8 @@ class Hub:
         return not self._inbox.empty()
 
     def check(self) -> None:
-        """Raises WorkerError: a rank has failed."""
-        if self._ended and (failure := self.failure()):
+        """Raises WorkerError: a rank has failed or stalled."""
+        if (self._ended or self._stall) and (failure := self.failure()):
             raise failure
 
     def failure(self) -> WorkerError | None:
@@ -87,8 +103,11 @@ class Hub:
 
         Errors spread: a rank that dies breaks the collectives of its peers, and their reports may come before the
         end of its connection. A death without a report is therefore put first, and then the first report: a rank
-        reports before it breaks anything.
+        reports before it breaks anything. A stall goes before both: it was found out, and all ranks were ended for it.
         """
+        if self._stall is not None:
+            self._stall_is_raised.set()
+            return self._stall
         deadline = time.monotonic() + ECHO_SECONDS
         while self.links and not self._deaths() and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -108,13 +127,19 @@ class Hub:
 
     def stop(self) -> None:
         """Tell all ranks to leave, and wait until they have; one that hangs is not waited for."""
-        posted = []  # kept while they are under way
-        for rank in [rank for rank in self.links if rank not in self._ended]:
-            with contextlib.suppress(RuntimeError):  # it closed just now: it needs no word
-                posted.append(self.links[rank].post(Message(Kind.STOP)))
+        posted = self._tell_to_leave()
         deadline = time.monotonic() + LEAVE_SECONDS + 1
         for thread in self._threads:
             thread.join(max(0, deadline - time.monotonic()))
+        del posted
+
+    def _tell_to_leave(self) -> list[list[Work]]:
+        """What has been posted, to be kept while it is under way."""
+        posted = []
+        for rank in [rank for rank in self.links if rank not in self._ended]:
+            with contextlib.suppress(RuntimeError):  # it closed just now: it needs no word
+                posted.append(self.links[rank].post(Message(Kind.STOP)))
+        return posted
 
     def _deliver(self, rank: int, works: Sequence[Work]) -> None:
         begun = time.monotonic()

@@ -40,6 +40,7 @@ class Kind(IntEnum):
     FAILED = 6  # (phase, traceback); the worker leaves
     GOODBYE = 7  # the worker has left `serve` as it was told
     CLOSED = 8  # never sent: what a broken connection reads as
+    WATCH = 9  # driver -> worker, once: where heartbeats go
 
 
 @dataclass(frozen=True)

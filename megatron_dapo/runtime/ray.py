@@ -9,7 +9,8 @@ torchrun would give its rank, so what runs in it does not know who started it. A
 one object for each distinct shard: their arrays are read where they lie, and are read-only.
 
 A rank that raises or dies becomes a `WorkerError` on the driver. The other ranks may then wait for it in a collective
-for ever: leaving the runtime ends all of them. Ray does the same when the driver is killed.
+for ever: leaving the runtime ends all of them. Ray does the same when the driver is killed. With `stall_seconds` a
+rank that stands still while others wait for it is a `RankStalledError` (`watch.py`).
 
 What is left out: restarting an actor. A group with a failed rank is done for; the run is started again and resumes.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,10 +32,12 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from megatron_dapo.runtime.group import WorkerError
+from megatron_dapo.progress import IDLE, PROGRESS, START_UP
+from megatron_dapo.runtime.group import RankStalledError, WorkerError
 from megatron_dapo.runtime.host import WorkerHost, phase_of, streams
 from megatron_dapo.runtime.placement import Placement, PlacementError, no_room
-from megatron_dapo.runtime.serving import START_UP
+from megatron_dapo.runtime.pulse import Pulse, WatchAddress
+from megatron_dapo.runtime.watch import AsideGroup, LastWill, Watch
 
 ECHO_SECONDS = 3.0  # by which Ray's news of a death may come after the errors that the death caused
 
@@ -51,18 +55,25 @@ class Share:
 class RayRuntime:
     """A connection to a cluster, and the groups on it. Made by `connect`, used as a context."""
 
-    def __init__(self, placement_timeout: float, timeout: float):
-        self._placement_timeout, self._timeout = placement_timeout, timeout
-        self._groups: list[RayGroup] = []
+    def __init__(self, placement_timeout: float, timeout: float, stall_seconds: float | None = None):
+        self._placement_timeout, self._timeout, self._stall_seconds = placement_timeout, timeout, stall_seconds
+        self._ending = _Ending()
         self._places: list[PlacementGroup] = []
 
     @classmethod
-    def connect(cls, address: str | None, placement_timeout: float = 60.0, timeout: float = 1800.0) -> RayRuntime:
+    def connect(
+        cls,
+        address: str | None,
+        placement_timeout: float = 60.0,
+        timeout: float = 1800.0,
+        stall_seconds: float | None = None,
+    ) -> RayRuntime:
         """
         Args:
             address: of a cluster (`auto`: the one that runs on this machine); None starts one on this machine alone.
             placement_timeout: seconds that a group waits for its place.
             timeout: seconds that the driver waits without hearing from any rank.
+            stall_seconds: for which a rank may stand still while others wait for it; None: nobody looks.
 
         Raises:
             ConnectionError: no cluster answers there.
@@ -71,7 +82,7 @@ class RayRuntime:
             ray.init(address="local", include_dashboard=False)
         else:
             ray.init(address=address)
-        return cls(placement_timeout, timeout)
+        return cls(placement_timeout, timeout, stall_seconds)
 
     def groups(self, wanted: Sequence[Share]) -> list[RayGroup]:
         """Place the ranks of all groups together or none, and have each rank build its workers, group by group.
@@ -86,8 +97,8 @@ class RayRuntime:
         self._places.append(place)
         made, first_bundle = [], 0
         for placement, share in zip(placements, wanted, strict=True):
-            group = RayGroup(placement, place, first_bundle, self._timeout)
-            self._groups.append(group)
+            group = RayGroup(placement, place, first_bundle, self._timeout, self._ending, self._stall_seconds)
+            self._ending.groups.append(group)
             group.build(share.build)
             made.append(group)
             first_bundle += placement.nodes
@@ -102,19 +113,55 @@ class RayRuntime:
 
     def close(self) -> None:
         """End the groups, and not the connection."""
-        for group in self._groups:
+        for group in self._ending.groups:
             group.close()
         while self._places:
             remove_placement_group(self._places.pop())
 
 
+class _Ending:
+    """A stall in one group of a run ends them all: the driver may be waiting for another one."""
+
+    def __init__(self) -> None:
+        self.groups: list[RayGroup] = []
+        self._stall: RankStalledError | None = None
+        self._is_raised = threading.Event()
+
+    def fail(self, stall: RankStalledError) -> threading.Event:
+        """End all ranks, so that the driver gets an error where it waits; `check` then makes it this one."""
+        self._stall = stall
+        for group in self.groups:
+            group.kill()
+        return self._is_raised
+
+    def check(self) -> None:
+        """Raises RankStalledError: a rank has stalled."""
+        if self._stall is not None:
+            self._is_raised.set()
+            raise self._stall
+
+
 class RayGroup:
     """A `WorkerGroup` of actors."""
 
-    def __init__(self, placement: Placement, place: PlacementGroup, first_bundle: int, timeout: float):
-        """`first_bundle`: of `place`, the one where this group's bundles begin."""
+    def __init__(
+        self,
+        placement: Placement,
+        place: PlacementGroup,
+        first_bundle: int,
+        timeout: float,
+        ending: _Ending,
+        stall_seconds: float | None,
+    ):
+        """
+        Args:
+            first_bundle: of `place`, the one where this group's bundles begin.
+            ending: of all groups of the run.
+            stall_seconds: see `RayRuntime.connect`.
+        """
         self.size = placement.size
-        self._placement, self._timeout = placement, timeout
+        self._placement, self._timeout, self._ending = placement, timeout, ending
+        self._watch = None if stall_seconds is None else Watch(self.size, stall_seconds, ending.fail)
         self._busy: str | None = None
         taken = placement.of_a_rank()
         actor_class: Any = ray.remote(num_cpus=taken["CPU"], num_gpus=taken.get("GPU", 0))(_Rank)
@@ -129,13 +176,14 @@ class RayGroup:
     def build(self, build: Callable[[], WorkerHost]) -> None:
         """Give every rank its environment and its workers. Errors as for `RayRuntime.groups`."""
         opened = self._ranks[0].open_store.options(num_returns="streaming").remote()
-        ((_, (address, port)),) = _Arrivals({opened: 0}, START_UP, self._timeout)
+        ((_, (address, port)),) = _Arrivals({opened: 0}, START_UP, self._timeout, self._ending.check)
         environments = [self._placement.environment(rank, address, port) for rank in range(self.size)]
+        watch = None if self._watch is None else self._watch.address(ray.util.get_node_ip_address())
         calls = {
-            actor.build.options(num_returns="streaming").remote(environments[rank], build): rank
+            actor.build.options(num_returns="streaming").remote(environments[rank], build, watch): rank
             for rank, actor in enumerate(self._ranks)
         }
-        list(_Arrivals(calls, START_UP, self._timeout))
+        list(_Arrivals(calls, START_UP, self._timeout, self._ending.check))
 
     def start(self, method: Callable[..., Any], shards: Sequence[Any]) -> RayHandle:
         """All ranks begin at once. See `WorkerGroup.start`; what a rank has no worker for is its `WorkerError`.
@@ -143,7 +191,9 @@ class RayGroup:
         Raises:
             ValueError: len(shards) is not `size`.
             RuntimeError: the call before this one was not finished.
+            RankStalledError: a rank has stalled.
         """
+        self._ending.check()
         phase = phase_of(method)
         if len(shards) != self.size:
             raise ValueError(f"{phase}: {len(shards)} shards for {self.size} ranks; give one to each")
@@ -156,7 +206,7 @@ class RayGroup:
             for rank, actor in enumerate(self._ranks)
         }
         self._busy = phase
-        return RayHandle(self, method, _Arrivals(calls, phase, self._timeout))
+        return RayHandle(self, method, _Arrivals(calls, phase, self._timeout, self._ending.check))
 
     def call(self, method: Callable[..., Any], shards: Sequence[Any]) -> list[Any]:
         """start(...).result()"""
@@ -166,12 +216,28 @@ class RayGroup:
         """The same argument on every rank."""
         return self.call(method, [argument] * self.size)
 
+    def on_stall(self, last_will: LastWill) -> None:
+        """See `WorkerGroup.on_stall`; a stall in another group of the run counts too."""
+        for group in self._ending.groups:
+            if group._watch is not None:
+                group._watch.last_will = last_will if group is self else lambda _: last_will(self._aside())
+
+    def _aside(self) -> AsideGroup:
+        assert self._watch is not None
+        return AsideGroup(self._watch, self.size, None)
+
     def finished(self) -> None:
         """The call under way is through."""
         self._busy = None
 
     def close(self) -> None:
         """End every rank. What hangs is ended too."""
+        if self._watch is not None:
+            self._watch.close()
+        self.kill()
+
+    def kill(self) -> None:
+        """`close`, and nothing of the watch, which may itself be what calls."""
         for actor in self._ranks:
             ray.kill(actor)
 
@@ -211,8 +277,9 @@ class RayHandle:
 class _Arrivals:
     """What the ranks' generators yield, in the order in which it arrives."""
 
-    def __init__(self, calls: dict[Any, int], phase: str, timeout: float):
-        self._open, self._phase, self._timeout = calls, phase, timeout
+    def __init__(self, calls: dict[Any, int], phase: str, timeout: float, check: Callable[[], None]):
+        """`check` raises if a rank has stalled: its end, and its peers', then have that reason."""
+        self._open, self._phase, self._timeout, self._check = calls, phase, timeout, check
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         while self._open:
@@ -232,6 +299,7 @@ class _Arrivals:
             del self._open[call]
             return
         except RayError as error:
+            self._check()
             raise self._first_cause(rank, error) from None
         yield rank, item
 
@@ -275,9 +343,14 @@ class _Rank:
         self._store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
         yield address, self._store.port
 
-    def build(self, environment: dict[str, str], build: Callable[[], WorkerHost]) -> Iterator[None]:
+    def build(
+        self, environment: dict[str, str], build: Callable[[], WorkerHost], watch: WatchAddress | None
+    ) -> Iterator[None]:
         os.environ.update(environment)
         self._host = build()
+        PROGRESS.enter(IDLE)
+        if watch is not None:
+            Pulse(self._rank, watch, lambda: self._host)
         yield None
 
     def stream(self, function: Callable[..., Any], argument: Any) -> Iterator[Any]:

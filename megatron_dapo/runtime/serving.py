@@ -21,10 +21,11 @@ import traceback
 from datetime import timedelta
 from typing import NoReturn
 
-from megatron_dapo.runtime.host import IDLE, WorkerHost, phase_of
+from megatron_dapo.progress import IDLE, PROGRESS, START_UP
+from megatron_dapo.runtime.host import WorkerHost, phase_of
 from megatron_dapo.runtime.link import Kind, Link, Message
+from megatron_dapo.runtime.pulse import Pulse, WatchAddress
 
-START_UP = "start-up"
 READING = "the reading of a call"
 LEAVE_SECONDS = 2.0  # for what runs when the driver has gone, or said to leave
 REPORT_TIMEOUT = timedelta(seconds=30)  # for the driver to take a report
@@ -34,15 +35,18 @@ class Server:
     """A rank's end of the control plane."""
 
     def __init__(self, rank: int, link: Link):
-        self._name = f"rank {rank}"
+        self._rank, self._name = rank, f"rank {rank}"
         self._link = link
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._phase = START_UP
+        self._host: WorkerHost | None = None
         self._left = threading.Event()
         threading.Thread(target=self._listen, name="control", daemon=True).start()
 
     def serve(self, host: WorkerHost) -> None:
         """Do what the driver asks until it says to leave. A failure, or the driver's end, ends the process."""
+        self._host = host
+        PROGRESS.enter(IDLE)
         while (message := self._inbox.get()).kind is Kind.CALL:
             try:
                 self._answer(host, message)
@@ -81,6 +85,9 @@ class Server:
     def _listen(self) -> None:
         while True:
             message = self._link.receive()
+            if message.kind is Kind.WATCH:
+                self._beat(message.load())
+                continue
             self._inbox.put(message)
             if message.kind in (Kind.STOP, Kind.CLOSED):
                 break
@@ -88,6 +95,13 @@ class Server:
             told = message.kind is Kind.STOP
             event = "the driver said to leave" if told else "the driver's connection closed"
             self._end(0 if told else 1, f"still in {self._phase} {LEAVE_SECONDS:g} s after {event}; ending it")
+
+    def _beat(self, address: WatchAddress) -> None:
+        def driver_is_silent(seconds: float) -> None:
+            why = f"rank 0, the driver, has not answered for {seconds:g} s: it is stopped or gone"
+            self._end(1, f"{why}; ending the run. In {self._phase} here")
+
+        Pulse(self._rank, address, lambda: self._host, driver_is_silent)
 
     def _end(self, status: int, why: str) -> NoReturn:
         print(f"{self._name}: {why}", file=sys.stderr)

@@ -12,6 +12,7 @@ A process that torchrun did not start is a group of one: nothing is connected, s
 
 When a rank fails, in the call, in `serve` or before, the driver raises a `WorkerError` that names it; also where
 the driver itself was in a collective that the failure broke. However the driver leaves the block, the others leave too.
+With `stall_seconds` a rank that stands still while others wait for it is a `RankStalledError` (`watch.py`).
 Signals are the driver's: Ctrl-C, SIGTERM and SIGUSR1 do nothing on the other ranks, and on the driver SIGTERM and
 SIGUSR1 become `SystemExit(REQUEUE)`, so that it can still save, or say which rank's death made torchrun send it.
 
@@ -24,15 +25,19 @@ import os
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from types import FrameType, TracebackType
 from typing import Any
 
 from megatron_dapo.exit_codes import REQUEUE
+from megatron_dapo.progress import IDLE, PROGRESS
 from megatron_dapo.runtime.group import WorkerError
 from megatron_dapo.runtime.host import WorkerHost, phase_of, streams
 from megatron_dapo.runtime.hub import Hub
 from megatron_dapo.runtime.link import Kind, connect
+from megatron_dapo.runtime.pulse import Pulse
 from megatron_dapo.runtime.serving import Server
+from megatron_dapo.runtime.watch import LastWill, Watch
 
 CONNECT_SECONDS = 600.0
 _PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1)
@@ -44,13 +49,22 @@ class SpmdControl:
     def __init__(self, rank: int, size: int, hub: Hub | None, server: Server | None):
         self.rank, self.size = rank, size
         self._hub, self._server = hub, server
+        self._host: WorkerHost | None = None
+        self._watch: Watch | None = None
 
     @classmethod
-    def connect(cls, timeout: float = 1800.0) -> SpmdControl:
+    def connect(
+        cls,
+        timeout: float = 1800.0,
+        stall_seconds: float | None = None,
+        at_forced_end: Callable[[], None] = lambda: None,
+    ) -> SpmdControl:
         """Join the other ranks, from the main thread. Reads the environment variables that torchrun sets.
 
         Args:
             timeout: seconds that the driver, its own part of a call done, waits without hearing from any rank.
+            stall_seconds: for which a rank may stand still while others wait for it; None: nobody looks.
+            at_forced_end: called on the driver before a stall ends its process, where nothing else can.
 
         Raises:
             TimeoutError: a rank did not come.
@@ -59,7 +73,10 @@ class SpmdControl:
         if size == 1:
             return cls(rank, size, Hub([], timeout), None)
         if rank == 0:
-            control = cls(rank, size, Hub(connect(rank, size, CONNECT_SECONDS), timeout), None)
+            hub = Hub(connect(rank, size, CONNECT_SECONDS), timeout)
+            control = cls(rank, size, hub, None)
+            if stall_seconds is not None:
+                control._begin_watch(hub, stall_seconds, at_forced_end)
             for number in _PREEMPTIONS:
                 signal.signal(number, _terminate)
         else:
@@ -76,7 +93,9 @@ class SpmdControl:
         """The workers of all ranks; `host` holds those of the driver's own process. On the driver only."""
         if self._hub is None:
             raise RuntimeError(f"rank {self.rank} cannot drive; it should serve")
-        return SpmdGroup(host, self._hub)
+        self._host = host
+        PROGRESS.enter(IDLE)
+        return SpmdGroup(host, self._hub, self._watch)
 
     def serve(self, host: WorkerHost) -> None:
         """Do what the driver asks of this rank's workers until it leaves. Not on the driver."""
@@ -93,7 +112,16 @@ class SpmdControl:
                 self._server.give_up("".join(traceback.format_exception(error)))
             self._server.leave()
         elif self._hub is not None and self._hub.links:
+            if self._watch is not None:
+                self._watch.close()
             self._leave(self._hub, error)
+
+    def _begin_watch(self, hub: Hub, seconds: float, at_forced_end: Callable[[], None]) -> None:
+        """MASTER_ADDR is the host of rank 0, so the other ranks reach the watch there."""
+        self._watch = Watch(self.size, seconds, hub.fail, at_forced_end)
+        address = self._watch.address(os.environ["MASTER_ADDR"])
+        hub.tell_where_to_beat(address)
+        Pulse(0, replace(address, host="127.0.0.1"), lambda: self._host)
 
     def _leave(self, hub: Hub, error: BaseException | None) -> None:
         for number in _PREEMPTIONS:
@@ -113,9 +141,9 @@ class SpmdControl:
 class SpmdGroup:
     """A `WorkerGroup` over the ranks of an `SpmdControl`. All groups of one control take turns: one call at a time."""
 
-    def __init__(self, host: WorkerHost, hub: Hub):
+    def __init__(self, host: WorkerHost, hub: Hub, watch: Watch | None = None):
         self.size = len(hub.links) + 1
-        self._host, self._hub = host, hub
+        self._host, self._hub, self._watch = host, hub, watch
 
     def start(self, method: Callable[..., Any], shards: Sequence[Any]) -> SpmdHandle:
         """Other ranks begin at once, this one when the handle is iterated or its result asked for.
@@ -144,6 +172,11 @@ class SpmdGroup:
     def call_all(self, method: Callable[..., Any], argument: Any = None) -> list[Any]:
         """The same argument on every rank; it is pickled once."""
         return self.call(method, [argument] * self.size)
+
+    def on_stall(self, last_will: LastWill) -> None:
+        """See `WorkerGroup.on_stall`."""
+        if self._watch is not None:
+            self._watch.last_will = last_will
 
 
 class SpmdHandle:

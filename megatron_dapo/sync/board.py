@@ -16,6 +16,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from megatron_dapo.progress import PROGRESS
+
 _SHORTEST_NAP, _LONGEST_NAP = 2e-5, 2e-4  # seconds
 _LOOK_AROUND = 1.0  # seconds between looks at whether the others live
 
@@ -59,6 +61,10 @@ class Board:
         Raises:
             PeerError: see there.
         """
+        with PROGRESS.waiting("a bucket of weights"):
+            self._wait(rows, column, least)
+
+    def _wait(self, rows: Sequence[int], column: Column, least: int) -> None:
         start = time.monotonic()
         nap, look = _SHORTEST_NAP, start + _LOOK_AROUND
         while late := [row for row in rows if self._cells[row, column] < least]:

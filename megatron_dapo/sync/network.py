@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import Backend, PrefixStore, ProcessGroupGloo, Store, TCPStore
 
+from megatron_dapo.progress import PROGRESS
 from megatron_dapo.sync.parts import Link, Message
 from megatron_dapo.sync.slices import LocalSlices
 
@@ -41,7 +42,8 @@ class Network:
             work = self._groups[message.link].broadcast(flat, 0)  # type: ignore[attr-defined]
             under_way.append((message, flat, work))
         for message, flat, work in under_way:
-            work.wait()
+            with PROGRESS.waiting("a bucket of weights"):
+                work.wait()
             if message.link.sender != self._process:
                 _unpack(message, flat, views)
 

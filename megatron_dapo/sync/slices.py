@@ -26,6 +26,7 @@ class LocalSlices:
 
     def __init__(self, worker: PolicyWorker):
         shapes, layout = hf_shapes(worker.shape), worker.layout
+        self._residence = worker.residence
         self._held: dict[str, list[_Held]] = defaultdict(list)
         for name, param in local_parameters(worker.chunks):
             for piece in pieces(name, Shard(worker.shape, layout.tp_rank, layout.tp_size)):
@@ -38,6 +39,7 @@ class LocalSlices:
         Raises:
             LookupError: this rank does not hold all of it.
         """
+        self._residence.come_back(("weights",))
         for held in self._held.get(region.name, ()):
             if held.region.contains(region):
                 return held.param.data[held.local][region.index(held.param.dim(), held.region)]

@@ -38,14 +38,24 @@ def hostname(host: WorkerHost, _: None) -> str:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Policy and engines: one group whose every rank is both, or two groups. Each engine rank is a whole engine."""
+    """Policy and engines: one group whose every rank is both, or two groups. Each engine rank is a whole engine.
+
+    In one group an engine over several devices lives on the first of as many ranks (`engine_every`); on the others is
+    a `NoEngine`.
+    """
 
     policy: WorkerGroup
     engines: WorkerGroup
+    engine_every: int = 1
 
     @property
     def colocated(self) -> bool:
         return self.policy is self.engines
+
+    @property
+    def engine_ranks(self) -> range:
+        """Of `engines`, those with an engine."""
+        return range(0, self.engines.size, self.engine_every)
 
     @property
     def count(self) -> int:
@@ -55,7 +65,7 @@ class Ranks:
     @property
     def processes(self) -> Processes:
         first = 0 if self.colocated else self.policy.size
-        return Processes(tuple(range(self.policy.size)), tuple(range(first, first + self.engines.size)))
+        return Processes(tuple(range(self.policy.size)), tuple(first + rank for rank in self.engine_ranks))
 
     def call(self, function: Callable[[WorkerHost, Any], Any], shards: Sequence[Any]) -> list[Any]:
         """[process] what `function(host, shards[process])` returns, all at the same time."""

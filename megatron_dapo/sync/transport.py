@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_dapo.progress import PROGRESS
 from megatron_dapo.sync.board import Board, Column
 from megatron_dapo.sync.buckets import Bucket
 from megatron_dapo.sync.network import Network
@@ -72,6 +73,7 @@ class StagedTransport:
 
     def exchange(self) -> Iterator[tuple[str, Tensor]]:
         for index in range(len(self._buckets)):
+            PROGRESS.step(f"bucket {index + 1} of {len(self._buckets)} of the weights")
             self._release(self._done - 1 if index > 1 else 0)
             views = self._bring(index)
             if self._reads:

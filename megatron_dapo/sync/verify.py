@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from megatron_dapo.algo.checksum import add_checksums, checksum
+from megatron_dapo.progress import PROGRESS
 from megatron_dapo.runtime.host import WorkerHost
 from megatron_dapo.sync.errors import WeightSyncError
 from megatron_dapo.sync.plan import Plan
@@ -97,7 +98,7 @@ class VerifiedSync:
             for name, part in of_rank.items():
                 parts[name].append(part)
         wanted = {name: add_checksums(found) for name, found in parts.items()}
-        held = self._ranks.engines.call_all(RolloutWorker.weight_checksums)
+        held = self._ranks.engines.call_all(RolloutWorker.weight_checksums)[:: self._ranks.engine_every]
         for engine, found in enumerate(held):
             if found is not None:
                 raise_on_difference(wanted, found, engine, version)
@@ -105,10 +106,11 @@ class VerifiedSync:
 
     def _probe_agrees(self, version: int) -> bool:
         """False if an engine failed."""
-        request = self._probe.request
-        answers = self._ranks.engines.call(RolloutWorker.generate, [[request]] * self._ranks.engines.size)
+        request, asked = self._probe.request, self._ranks.engine_ranks
+        shards = [[request] if rank in asked else [] for rank in range(self._ranks.engines.size)]
+        answers = self._ranks.engines.call(RolloutWorker.generate, shards)
         completions = [completion for of_rank in answers for some in of_rank for completion in some]
-        if len(completions) < len(answers):
+        if len(completions) < len(asked):
             return False
         logp = self._policy.log_probs(_sequences(request, completions))
         start = 0
@@ -142,6 +144,7 @@ def policy_checksums(host: WorkerHost, shard: CheckedRegions) -> dict[str, int]:
     slices = LocalSlices(host.get(PolicyWorker))
     found: dict[str, int] = {}
     for region in shard.regions:
+        PROGRESS.step(f"checksum of {region.name}")
         part = checksum(slices.view(region).to(shard.dtype), region.rows[0], region.cols[0])
         found[region.name] = add_checksums((found.get(region.name, 0), part))
     return found

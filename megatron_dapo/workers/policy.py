@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.storage import WriteResult
 from transformers import AutoConfig
 
-from megatron_dapo.config.tree import MegatronConfig, OptimConfig
+from megatron_dapo.config.tree import MegatronConfig, OffloadPart, OptimConfig
 from megatron_dapo.mcore import checkpoint
 from megatron_dapo.mcore.dist_read import check_model
 from megatron_dapo.mcore.families import shape_of
@@ -28,11 +29,14 @@ from megatron_dapo.mcore.optimizer import (
     zero_gradients,
 )
 from megatron_dapo.mcore.parallel import RankLayout, initialize
+from megatron_dapo.mcore.residence import Residence
 from megatron_dapo.mcore.rng import rng_state, set_rng_state
 from megatron_dapo.mcore.safe_load import refuse_foreign_pickles
+from megatron_dapo.mcore.save_plan import Planning
 from megatron_dapo.mcore.schedule import Model, TokenStats, forward_backward, log_probs
 from megatron_dapo.mcore.shard_write import WriteFailure, Written
 from megatron_dapo.mcore.weights import export_hf, load_hf
+from megatron_dapo.progress import PROGRESS
 from megatron_dapo.types import MicroBatch, SequenceBatch
 
 
@@ -93,6 +97,8 @@ class PolicyWorker:
         self.modules = wrap_for_training(self.chunks, settings.megatron)
         self.optimizer = build_optimizer(self.modules, settings.optim, settings.megatron, settings.grad_clip)
         self.model = Model(self.modules, settings.objective, settings.packed, self.chunks[0].config)
+        self.residence = Residence(self.modules, self.optimizer)
+        self._planning = Planning()
         self._save: checkpoint.Save | None = None
         self._reference = _copy_of(self.chunks) if settings.with_reference else []
 
@@ -101,11 +107,13 @@ class PolicyWorker:
 
     def log_probs(self, micro_batches: tuple[SequenceBatch, ...]) -> list[TokenStats]:
         """Log-probs of each micro-batch under the present weights; empty on ranks that do not report."""
+        self.residence.come_back(("weights",))
         found = log_probs(self.model, micro_batches).tokens
         return found if self.layout.reports else []
 
     def reference_log_probs(self, micro_batches: tuple[SequenceBatch, ...]) -> list[TokenStats]:
         """The same under the weights that training began with."""
+        self.residence.come_back(("weights",))
         self._swap_reference()
         try:
             return self.log_probs(micro_batches)
@@ -114,6 +122,7 @@ class PolicyWorker:
 
     def update(self, shard: UpdateShard) -> Iterator[UpdateStats]:
         """One optimizer update a mini-batch; nothing is yielded on ranks that do not report."""
+        self.residence.come_back()
         for number, micro_batches in enumerate(shard.mini_batches):
             zero_gradients(self.modules, self.optimizer)
             result = forward_backward(self.model, micro_batches)
@@ -125,16 +134,26 @@ class PolicyWorker:
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every weight under its Hugging Face name; collective over tensor and pipeline parallelism."""
+        self.residence.come_back(("weights",))
         return export_hf(self.chunks, self.shape)
+
+    def leave_device(self, parts: tuple[OffloadPart, ...]) -> None:
+        """Give the device's memory of `parts` back. What needs one of them brings it back by itself."""
+        self.residence.leave(parts)
 
     def start_save(self, order: SaveOrder) -> None:
         """Begin to write model and optimizer."""
-        self._save = checkpoint.start_save(self.chunks, self.optimizer, order.path, order.background)
+        self.residence.come_back()
+        background = order.background
+        with nullcontext() if background else PROGRESS.patient("a checkpoint is written"):
+            self._save = checkpoint.start_save(self.chunks, self.optimizer, self._planning, order.path, background)
 
+    @PROGRESS.patient("a checkpoint is written")
     def save_outcome(self, wait: bool) -> Written | WriteFailure | None:
         """This rank's part of the save; None while it is being written."""
         return None if self._save is None else self._save.outcome(wait)
 
+    @PROGRESS.patient("a checkpoint is written")
     def finish_save(self, results: Sequence[Sequence[WriteResult]] | None) -> WriteFailure | None:
         """The end of a save: on rank 0 with the results of all ranks, else with None. Without results on rank 0 the
         save is given up."""
@@ -146,9 +165,11 @@ class PolicyWorker:
             return None
         return save.finish(results)
 
+    @PROGRESS.patient("a checkpoint is read")
     def load(self, path: str) -> None:
         """What was saved, on any layout."""
         check_model(Path(path), refuse_foreign_pickles(path), self.shape)
+        self.residence.come_back()
         checkpoint.load(self.chunks, self.optimizer, path)
 
     def rng_state(self, _: None) -> dict[str, Any]:

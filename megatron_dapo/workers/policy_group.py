@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from megatron_dapo.config.tree import OffloadPart
 from megatron_dapo.data.minibatch import Update
 from megatron_dapo.data.packing import Plan, plan_micro_batches
 from megatron_dapo.digests import FileDigest, digest_files
 from megatron_dapo.mcore.parallel import RankLayout
 from megatron_dapo.mcore.schedule import TokenStats
 from megatron_dapo.mcore.shard_write import WriteFailure, Written
+from megatron_dapo.progress import PROGRESS
 from megatron_dapo.runtime.group import WorkerGroup
 from megatron_dapo.runtime.host import WorkerHost
 from megatron_dapo.types import FloatArray, IntArray, SequenceBatch
@@ -150,6 +152,10 @@ class PolicyGroup:
         """Write the present weights as a Hugging Face checkpoint with config and tokenizer."""
         self._group.call_all(PolicyWorker.save_hf, path)
 
+    def leave_device(self, parts: Sequence[OffloadPart]) -> None:
+        """See `PolicyWorker.leave_device`."""
+        self._group.call_all(PolicyWorker.leave_device, tuple(parts))
+
     def _by_replica(self, shard: Callable[[int], Any]) -> list[Any]:
         """[rank] the shard of its data-parallel rank: the same object where ranks share it, so that it travels once."""
         shards = [shard(dp_rank) for dp_rank in range(self.dp_size)]
@@ -167,6 +173,7 @@ class PolicyGroup:
         return _in_order(compress(replicas, reports), plan, sequences.cu_responses)
 
 
+@PROGRESS.patient("a checkpoint is read")
 def _digest_share(host: WorkerHost, share: tuple[str, tuple[str, ...]]) -> dict[str, FileDigest | None]:
     root, names = share
     return digest_files(Path(root), names)

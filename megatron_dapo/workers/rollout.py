@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor
 
-from megatron_dapo.rollout.engine import RolloutEngine
+from megatron_dapo.progress import PROGRESS
+from megatron_dapo.rollout.engine import ALL_TAGS, RolloutEngine, Tag
 from megatron_dapo.rollout.failures import EngineFailedError, PortInUseError
 from megatron_dapo.runtime.group import Handle, WorkerGroup
 from megatron_dapo.types import Completion, Request
@@ -26,14 +28,13 @@ class RolloutWorker:
 
     def generate(self, requests: Sequence[Request]) -> Iterator[list[Completion]]:
         """Completions as they finish; fewer than requests where the engine fails."""
-        if self.failure:
-            return
-        try:
+        with self._noting_failure():
+            if self.failure:
+                return
             self.engine.submit(requests)
             while self.engine.pending:
+                PROGRESS.step("generation")  # also where nothing is finished yet: a long rollout is no stall
                 yield self.engine.poll()
-        except EngineFailedError as error:
-            self.failure = str(error)
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Into the engine. All of `tensors` are taken, whatever becomes of it: other ranks take part in making them.
@@ -43,25 +44,34 @@ class RolloutWorker:
         """
         arriving = iter(tensors)
         try:
-            if not self.failure:
-                self.engine.load_weights(arriving, version)
-        except EngineFailedError as error:
-            self.failure = str(error)
+            with self._noting_failure():
+                if not self.failure:
+                    self.engine.load_weights(arriving, version)
         finally:
             for _ in arriving:
                 pass
 
     def weight_checksums(self, _: None) -> Mapping[str, int] | None:
         """See `RolloutEngine.weight_checksums`. None from a failed engine."""
-        try:
-            return None if self.failure else dict(self.engine.weight_checksums())
-        except EngineFailedError as error:
-            self.failure = str(error)
-            return None
+        with self._noting_failure():
+            if not self.failure:
+                return dict(self.engine.weight_checksums())
+        return None
+
+    def sleep(self, tags: Sequence[Tag]) -> None:
+        with self._noting_failure():
+            if not self.failure:
+                self.engine.sleep(tags)
+
+    def wake(self, tags: Sequence[Tag]) -> None:
+        with self._noting_failure():
+            if not self.failure:
+                self.engine.wake(tags)
 
     def report_failure(self, _: None) -> str:
         return self.failure
 
+    @PROGRESS.patient("an engine is started again")
     def restart_failed(self, _: None) -> None:
         """Start the engine again if it has failed; it has no weights then. A start that fails is a failure again."""
         if self.failure:
@@ -71,8 +81,16 @@ class RolloutWorker:
             except (EngineFailedError, PortInUseError) as error:
                 self.failure = str(error)
 
+    @PROGRESS.patient("an engine is ended")
     def close(self, _: None) -> None:
         self.engine.close()
+
+    @contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except EngineFailedError as error:
+            self.failure = str(error)
 
 
 class RolloutFleet:
@@ -82,11 +100,18 @@ class RolloutFleet:
     prompt's responses share one engine's prefill. Calls take turns. `checkpoint` is called between completions:
     it may raise to end the rollout, and `abort` then leaves every rank idle. `restore` is called when a rank has
     answered less than it was asked, and no call is under way: it starts failed engines and gives them weights, or
-    raises.
+    raises. Every `engine_every`th rank has an engine.
     """
 
-    def __init__(self, group: WorkerGroup, checkpoint: Callable[[], None], restore: Callable[[], None]):
+    def __init__(
+        self,
+        group: WorkerGroup,
+        checkpoint: Callable[[], None],
+        restore: Callable[[], None],
+        engine_every: int = 1,
+    ):
         self._group, self._checkpoint, self._restore = group, checkpoint, restore
+        self._engine_ranks = range(0, group.size, engine_every)
         self._queue: deque[Sequence[Request]] = deque()
         self._arrivals: Iterator[tuple[int, list[Completion]]] | None = None
         self._awaited: dict[tuple[int, int], Request] = {}  # of the call under way
@@ -122,6 +147,14 @@ class RolloutFleet:
             self._finish()
         return completions
 
+    def sleep(self) -> None:
+        """Give the devices' memory up, weights and caches, until `wake`. Nothing may be pending."""
+        self._group.call_all(RolloutWorker.sleep, ALL_TAGS)
+
+    def wake(self) -> None:
+        """Take the memory back; weights have to be pushed before anything can be written."""
+        self._group.call_all(RolloutWorker.wake, ALL_TAGS)
+
     def abort(self) -> None:
         """Drop what waits and let the ranks finish what they have begun: engines know no half-way stop of a call."""
         self._queue.clear()
@@ -145,5 +178,5 @@ class RolloutFleet:
         order = {draw: number for number, draw in enumerate(dict.fromkeys(r.draw_index for r in requests))}
         shards: list[list[Request]] = [[] for _ in range(self._group.size)]
         for request in requests:
-            shards[order[request.draw_index] % self._group.size].append(request)
+            shards[self._engine_ranks[order[request.draw_index] % len(self._engine_ranks)]].append(request)
         return self._group.start(RolloutWorker.generate, shards)

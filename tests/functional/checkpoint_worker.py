@@ -1,7 +1,8 @@
 """Run by torchrun, or alone: the runs of JOBS (JSON), one after the other, each with a layout of its own.
 
-A run loads a checkpoint or starts from the model, makes updates, saves, and makes one more. Rank 0 writes to its `out`
-the weights before and after that last one, and its gradient norm.
+A run loads a checkpoint or starts from the model, saves, makes updates, saves again, and makes one more. Rank 0 writes
+to its `out` the weights before and after that last one, and its gradient norm. The first save is made for its plan,
+which the second one uses: on all ranks, or, with `forgets`, on none, because that rank has lost it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from megatron_dapo.algo.loss import PolicyLossConfig
 from megatron_dapo.config.tree import MegatronConfig, OptimConfig
 from megatron_dapo.mcore.fused_loss import Objective
+from megatron_dapo.mcore.save_plan import Planning
 from megatron_dapo.mcore.weights import load_hf, local_parameters
 from megatron_dapo.types import MicroBatch
 from megatron_dapo.workers.policy import PolicySettings, PolicyWorker, SaveOrder, UpdateShard, UpdateStats
@@ -43,12 +45,13 @@ def run(job: dict[str, Any]) -> None:
     load_hf(worker.chunks, worker.shape, job["model"])  # sets every element, those of the vocabulary's padding too
     if "load" in job:
         worker.load(job["load"])
+    if "save" in job:
+        save(worker, job["save"] + ".first")
     for number in range(job.get("updates", 0)):
         update(worker, number)
     if "save" in job:
-        if dist.get_rank() == 0:
-            os.makedirs(job["save"])
-        dist.barrier()
+        if dist.get_rank() == job.get("forgets"):
+            worker._planning = Planning()
         save(worker, job["save"])
     before = dict(worker.export())
     (stats,) = whole_group(update(worker, 100))
@@ -60,6 +63,9 @@ def run(job: dict[str, Any]) -> None:
 
 def save(worker: PolicyWorker, path: str) -> None:
     """What the driver of a run does over its control plane."""
+    if dist.get_rank() == 0:
+        os.makedirs(path)
+    dist.barrier()
     worker.start_save(SaveOrder(path, background=True))
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, worker.save_outcome(wait=True))

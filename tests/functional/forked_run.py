@@ -1,10 +1,12 @@
-"""A run in a process forked from one that has imported everything: a start takes a second, not ten.
+"""A run in processes forked from one that has imported everything: a start takes a second, not ten.
 
 It is forked from a server of its own, never from the process of the tests: that may have run gloo before, whose threads
 a fork loses and whose state it keeps, so that the child would wait for ever.
 
-The child may be told to die, or to be signalled, at a moment of the package's own code: the function at that moment is
-wrapped in the child alone.
+A run over several ranks is torchrun's own: its agent, which starts the ranks by a fork instead of a command.
+
+A process may be told to die, or to be signalled, at a moment of the package's own code: the function at that moment is
+wrapped in that process alone.
 """
 
 from __future__ import annotations
@@ -17,10 +19,13 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import multiprocess  # as multiprocessing, but what it sends may hold modules and functions of tests
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_dapo.cli import main
 
@@ -31,7 +36,7 @@ _SERVER.set_forkserver_preload(["megatron_dapo.cli", "megatron_dapo.launch"])
 
 @dataclass(frozen=True)
 class Moment:
-    """Before (or after) the `count`-th call of `owner.name`, the run's own process gets `number`."""
+    """Before (or after) the `count`-th call of `owner.name`, the process that calls it gets `number`."""
 
     owner: Any
     name: str
@@ -68,23 +73,29 @@ def run(
     *overrides: str,
     prepare: Callable[[], None] = lambda: None,
     killed_after: float | None = None,  # seconds
+    ranks: int = 1,
 ) -> Ended:
-    """A whole run, or what is left of it; `prepare` is called in the child first."""
+    """A whole run, or what is left of it; `prepare` is called in each rank's process first."""
     out.mkdir(parents=True, exist_ok=True)
     log = out.with_name(out.name + ".log")
     words = ["train", str(config), f"trainer.default_local_dir={out}", *overrides]
-    child = _SERVER.Process(target=_child, args=(log, prepare, words))
+    child = _SERVER.Process(target=_child, args=(log, partial(_launch, ranks) if ranks > 1 else _rank, prepare, words))
     child.start()
     return Ended(_wait(child, killed_after), log.read_text())
 
 
-def _child(log: Path, prepare: Callable[[], None], words: list[str]) -> None:
+def on_rank(rank: int, prepare: Callable[[], None]) -> None:
+    """`prepare` where the process is that rank's."""
+    if os.environ["RANK"] == str(rank):
+        prepare()
+
+
+def _child(log: Path, start: Callable[..., int], prepare: Callable[[], None], words: list[str]) -> None:
     code = 99
     try:
         _redirect(log)
         faulthandler.dump_traceback_later(PATIENCE - 10)
-        prepare()
-        code = main(words)
+        code = start(prepare, words)
     except SystemExit as ending:
         code = ending.code if isinstance(ending.code, int) else 98
     except BaseException:
@@ -93,6 +104,36 @@ def _child(log: Path, prepare: Callable[[], None], words: list[str]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _rank(prepare: Callable[[], None], words: list[str]) -> int:
+    prepare()
+    return main(words)
+
+
+def _launch(ranks: int, prepare: Callable[[], None], words: list[str]) -> int:
+    """What `torchrun --standalone --nproc-per-node RANKS` does."""
+    how = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=str(os.getpid()),
+        max_restarts=0,
+        start_method="fork",
+    )
+    try:
+        elastic_launch(how, _launched)(prepare, words)
+    except ChildFailedError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _launched(prepare: Callable[[], None], words: list[str]) -> None:
+    if code := _rank(prepare, words):
+        sys.exit(code)
 
 
 def _redirect(log: Path) -> None:

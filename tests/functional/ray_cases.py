@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_dapo.progress import PROGRESS
 from megatron_dapo.runtime.host import WorkerHost
 
 
@@ -49,6 +50,23 @@ class Worker:
             time.sleep(0.2)
             os.kill(os.getpid(), signal.SIGKILL)
         dist.barrier()
+
+    def stall(self, how: str) -> None:
+        """Rank 1 does not come to the collective in which the other waits for it."""
+        PROGRESS.step("micro-batch 3 of 8")
+        if self.rank == 1:
+            time.sleep(2)  # so that a beat has told the phase
+            if how == "freeze":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(1000)
+        dist.barrier()
+
+    def write_for_long(self, seconds: float) -> Iterator[None]:
+        begun = time.monotonic()
+        while self.rank == 1 and time.monotonic() - begun < seconds:
+            PROGRESS.step("generation")
+            yield None
+            time.sleep(0.5)
 
     def give(self, _: None) -> Any:
         return (number for number in range(3))  # cannot be pickled

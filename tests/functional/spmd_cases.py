@@ -27,7 +27,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_dapo.runtime.group import WorkerError
+from megatron_dapo.progress import PROGRESS
+from megatron_dapo.runtime.group import RankStalledError, WorkerError
 from megatron_dapo.runtime.host import WorkerHost
 from megatron_dapo.runtime.spmd import SpmdControl, SpmdGroup
 
@@ -40,6 +41,7 @@ class Shard:
 
 
 MOST = 3000
+STALL_SECONDS = 4.0
 HEARD: set[int] = set()  # in the driver's process
 
 
@@ -87,6 +89,33 @@ class Worker:
         if self.rank == 1:
             ENDINGS[how]()
         return self.rank
+
+    def stall(self, how: str) -> None:
+        """Rank 1 does not come to the collective in which the others wait for it."""
+        PROGRESS.step("micro-batch 3 of 8")
+        if self.rank == 1:
+            time.sleep(2)  # so that a beat has told the phase
+            ENDINGS[how]()
+        dist.all_reduce(torch.ones(1))
+
+    def stall_driver(self, how: str) -> None:
+        if self.rank == 0:
+            time.sleep(2)
+            ENDINGS[how]()
+        dist.all_reduce(torch.ones(1))
+
+    def write_for_long(self, seconds: float) -> Iterator[str]:
+        """Rank 1 moves on without an answer to give, as a long rollout does; the others are through at once."""
+        begun = time.monotonic()
+        while self.rank == 1 and time.monotonic() - begun < seconds:
+            PROGRESS.step("generation")
+            yield ""
+            time.sleep(0.5)
+
+    def write_a_file(self, seconds: float) -> None:
+        with PROGRESS.patient("a file is written"):
+            time.sleep(seconds if self.rank == 1 else 0)
+        dist.all_reduce(torch.ones(1))
 
     def fail_alone(self, _: None) -> None:
         if self.rank == 0:
@@ -177,6 +206,25 @@ def terminated(group: SpmdGroup) -> None:
     time.sleep(10)
 
 
+def stall(group: SpmdGroup, how: str) -> None:
+    group.on_stall(lambda aside: f"Aside: {_told(lambda: aside.call(Worker.echo, 'abc'))}.")
+    group.call_all(Worker.stall, how)
+
+
+def long_calls(group: SpmdGroup) -> dict[str, Any]:
+    return {
+        "rollout": len(group.call_all(Worker.write_for_long, 2 * STALL_SECONDS)[1]),
+        "file": group.call_all(Worker.write_a_file, 2 * STALL_SECONDS),
+    }
+
+
+def _told(act: Callable[[], Any]) -> str:
+    try:
+        return str(act())
+    except WorkerError as error:
+        return f"WorkerError: {error}"
+
+
 def end_between_calls(group: SpmdGroup, how: str) -> None:
     group.call_all(Worker.end_soon, how)
     time.sleep(1)
@@ -198,14 +246,28 @@ CASES: dict[str, Callable[[SpmdGroup], Any]] = {
     "driver_fails": driver_fails,
     "signals_come": signals_come,
     "terminated": terminated,
+    "stalls": lambda group: stall(group, "sleep"),
+    "stalls_frozen": lambda group: stall(group, "freeze"),
+    "driver_stalls": lambda group: group.call_all(Worker.stall_driver, "sleep"),
+    "driver_frozen": lambda group: group.call_all(Worker.stall_driver, "freeze"),
+    "long_calls": long_calls,
     "driver_dies": lambda group: os.kill(os.getpid(), signal.SIGKILL),
 }
+
+
+# That a case has ended; else it is what the driver has found.
+SIGNS = {"stalls_frozen": ".forced", "driver_stalls": ".forced", "driver_frozen": ".1"}
+WATCHED = ("stalls", "stalls_frozen", "driver_stalls", "driver_frozen", "long_calls")
 
 
 def run_case(folder: Path, case: str) -> None:
     found: dict[str, Any] = {}
     try:
-        with SpmdControl.connect(timeout=2.0 if case in ("hang", "frozen_when_idle") else 60.0) as control:
+        with SpmdControl.connect(
+            timeout=2.0 if case in ("hang", "frozen_when_idle") else 60.0,
+            stall_seconds=STALL_SECONDS if case in WATCHED else None,
+            at_forced_end=lambda: (folder / f"{case}.forced").touch(),
+        ) as control:
             dist.init_process_group("gloo", timeout=timedelta(seconds=60))
             quick = dist.new_group(backend="gloo", timeout=timedelta(seconds=2))
             if case == "start_up" and control.rank == 1:
@@ -217,6 +279,9 @@ def run_case(folder: Path, case: str) -> None:
                 found = CASES[case](control.group(host))
             else:
                 control.serve(host)
+    except RankStalledError as error:
+        found = {"stalled": error.rank, "said": str(error)}
+        raise
     except WorkerError as error:
         found = {"rank": error.rank, "phase": error.phase, "traceback": error.traceback}
         raise
@@ -264,15 +329,16 @@ def _free_port() -> int:
             return port
 
 
-def _status(child: int, driver_file: Path) -> int | str:
-    """The exit status, minus a signal's number; a child that is there 5 s after the driver's end is killed."""
+def _status(child: int, sign: Path) -> int | str:
+    """The exit status, minus a signal's number; a child that is there 5 s after a file says that others ended is
+    killed."""
     deadline = math.inf
-    while time.monotonic() < deadline:
+    while time.time() < deadline:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
             return os.waitstatus_to_exitcode(status)
-        if deadline == math.inf and driver_file.exists():
-            deadline = time.monotonic() + 5
+        if deadline == math.inf and sign.exists():
+            deadline = sign.stat().st_mtime + 5
         time.sleep(0.02)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -287,4 +353,5 @@ if __name__ == "__main__":
         forks = {name: run_in_fork(Path(where), name) for name in cases}
         for name, process in forks.items():
             file = Path(where) / f"{name}.{os.environ['RANK']}"
-            file.write_text(str(_status(process, file.with_suffix(".json"))))
+            sign = file.with_suffix(SIGNS.get(name, ".json"))
+            file.write_text(str(_status(process, sign)))

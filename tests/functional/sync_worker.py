@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from megatron_dapo.algo.loss import PolicyLossConfig
 from megatron_dapo.config.tree import MegatronConfig, OptimConfig, WeightSyncConfig
 from megatron_dapo.mcore.fused_loss import Objective
+from megatron_dapo.rollout.no_engine import NoEngine
 from megatron_dapo.rollout.torch_engine import TorchEngine
 from megatron_dapo.runtime.host import WorkerHost
 from megatron_dapo.sync.embedded import EmbeddedSync
@@ -100,15 +101,16 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     worker = PolicyWorker(_settings(case))
     host = WorkerHost()
     host.add(worker)
-    engine = TorchEngine(case["model"], [1], max_num_seqs=4, device="cpu", dtype=torch.float32)
-    host.add(RolloutWorker(engine))
+    every = case.get("engine_every", 1)
+    engine = None if dist.get_rank() % every else _engine(case["model"])
+    host.add(RolloutWorker(engine or NoEngine()))
     group = EveryRankDrives(host)
     stages = worker.layout.pp_size if worker.settings.megatron.virtual_pipeline_model_parallel_size else 1
     limits = MicroBatchLimits(1000, None, multiple_of=stages)
     policy = PolicyGroup(group, PassLimits(limits, limits, limits))
     config = WeightSyncConfig(case["transport"], case["bucket_bytes"], verify_every=1)
     probe = Probe(worker.shape.vocab_size, 8, 8, case.get("temperature", 1.0), 1e-4)
-    sync = make_weight_sync(Ranks(group, group), policy, config, torch.float32, probe, print)
+    sync = make_weight_sync(Ranks(group, group, every), policy, config, torch.float32, probe, print)
     if (fault := case.get("fault")) and dist.get_rank() == case["at_rank"]:
         through = host.get(SyncWorker)
         through.transport = Faulty(through.transport, fault)
@@ -139,10 +141,16 @@ def _settings(case: dict[str, Any]) -> PolicySettings:
     )
 
 
-def _different(worker: PolicyWorker, engine: TorchEngine) -> list[str]:
-    """Tensors of the engine that are not bit for bit those of the gathering export."""
-    held = dict(engine._model.named_parameters())  # what the engine computes with
+def _engine(model: str) -> TorchEngine:
+    return TorchEngine(model, [1], max_num_seqs=4, device="cpu", dtype=torch.float32)
+
+
+def _different(worker: PolicyWorker, engine: TorchEngine | None) -> list[str]:
+    """Tensors of the engine that are not bit for bit those of the gathering export, which is collective."""
     exported = dict(worker.export())
+    if engine is None:
+        return []
+    held = dict(engine._model.named_parameters())  # what the engine computes with
     assert set(held) == set(exported)
     return [name for name, tensor in exported.items() if not torch.equal(held[name], tensor)]
 

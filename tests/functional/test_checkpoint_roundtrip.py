@@ -42,7 +42,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         (2, job("TP2 to PP2", PP2, load="tp2")),
         (2, job("TP2 to CP2", CP2, load="tp2")),
         (2, job("TP2 to DP2", ONE, load="tp2")),
-        (2, job("plain, saved at TP2", TP2 | PLAIN, updates=2, save="plain")),
+        (2, job("plain, saved at TP2", TP2 | PLAIN, updates=2, save="plain", forgets=1)),
         (2, job("plain, TP2 to PP2", PP2 | PLAIN, load="plain")),
         (2, job("TP2 to interleaved PP2", INTERLEAVED, load="tp2")),
         (2, job("saved at interleaved PP2", INTERLEAVED, updates=2, save="interleaved")),

@@ -19,7 +19,7 @@ from ray_cases import Worker
 from tiny_run import make_workspace
 
 from megatron_dapo.obs.jsonl import deterministic_part, read_metrics
-from megatron_dapo.runtime.group import WorkerError
+from megatron_dapo.runtime.group import RankStalledError, WorkerError
 from megatron_dapo.runtime.placement import PlacementError
 from megatron_dapo.runtime.ray import RayGroup, RayRuntime, Share
 
@@ -130,6 +130,35 @@ def test_a_rank_killed_between_calls_is_named_at_the_next(make_group: Callable[.
     os.kill(group.call_all(Worker.process_id)[1], signal.SIGKILL)
     with pytest.raises(WorkerError, match="rank 1 died without a report"):
         group.call(Worker.count, [1, 1])
+
+
+STALL_SECONDS = 4.0
+
+
+@pytest.fixture
+def watched(cluster: str) -> Iterator[RayGroup]:
+    runtime = RayRuntime(placement_timeout=60, timeout=120, stall_seconds=STALL_SECONDS)
+    yield runtime.groups([Share(1, 2, ray_cases.build)])[0]
+    runtime.close()
+
+
+def test_a_rank_that_stalls_is_named_with_phase_and_stack_and_can_be_asked_aside(watched: RayGroup) -> None:
+    watched.on_stall(lambda aside: f"Aside: {[rank for rank, _, _ in aside.call_all(Worker.describe)]}.")
+    assert len(watched.call_all(Worker.write_for_long, 2 * STALL_SECONDS)[1]) > 1
+    with pytest.raises(RankStalledError) as found:
+        watched.call_all(Worker.stall, "sleep")
+    assert found.value.rank == 1
+    assert "in Worker.stall, micro-batch 3 of 8 while 1 waited (rank 0). Its stack:" in str(found.value)
+    assert "time.sleep(1000)" in str(found.value)
+    assert str(found.value).endswith("Aside: [0, 1].")
+
+
+def test_a_stopped_rank_is_named_and_ended(watched: RayGroup) -> None:
+    processes = [psutil.Process(pid) for pid in watched.call_all(Worker.process_id)]
+    with pytest.raises(RankStalledError, match="rank 1 has not answered for "):
+        watched.call_all(Worker.stall, "freeze")
+    watched.close()
+    assert not psutil.wait_procs(processes, timeout=20)[1]
 
 
 def test_a_result_that_cannot_travel_is_the_failure_of_its_rank(make_group: Callable[..., RayGroup]) -> None:

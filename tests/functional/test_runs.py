@@ -68,6 +68,15 @@ def test_a_run_resumed_after_two_steps_equals_one_that_was_never_stopped(
     assert metrics(tmp_path) == metrics(reference)
 
 
+def test_a_policy_that_leaves_its_device_while_engines_write_is_the_same(
+    config: Path, reference: Path, tmp_path: Path
+) -> None:
+    offload = "actor_rollout_ref.actor.offload=[weights,gradients,optimizer]"
+    for steps in (2, 4):  # saved and loaded in between
+        assert train(config, tmp_path, f"trainer.total_training_steps={steps}", "trainer.test_freq=2", offload) == 0
+    assert metrics(tmp_path) == metrics(reference)
+
+
 def test_trainer_and_engine_agree_after_every_update(reference: Path) -> None:
     steps = metrics(reference)[1:]
     assert len(steps) == 4

@@ -30,6 +30,11 @@ IN_FORKS = (
     "signals_come",
     "terminated",
     "driver_dies",
+    "stalls",
+    "stalls_frozen",
+    "driver_stalls",
+    "driver_frozen",
+    "long_calls",
 )
 
 
@@ -193,3 +198,38 @@ def test_signals_are_the_drivers(folder: Path):
 
 def test_a_killed_driver_leaves_nobody_behind(folder: Path):
     assert _statuses(folder, "driver_dies") == ["-9", "1", "1"]
+
+
+def test_a_rank_that_stalls_is_named_with_phase_and_stack_and_can_be_asked_aside(folder: Path):
+    found = _found(folder, "stalls")
+    assert found["stalled"] == 1
+    assert "rank 1 stood still for " in found["said"]
+    assert "in Worker.stall, micro-batch 3 of 8 while 2 waited (rank 0, 2). Its stack:" in found["said"]
+    assert '"sleep": lambda: time.sleep(1000)' in found["said"]
+    assert "Aside: [(0, 'a'), (1, 'b'), (2, 'c')]." in found["said"]
+    assert _statuses(folder, "stalls") == ["1", "0", "0"]
+
+
+def test_a_stopped_rank_is_said_not_to_answer_and_the_driver_gets_out_of_its_collective(folder: Path):
+    assert _statuses(folder, "stalls_frozen") == ["1", "still there", "0"]
+    said = (folder / "forks.log").read_text()
+    assert "rank 1 has not answered for " in said
+    assert "it was last seen in Worker.stall, micro-batch 3 of 8" in said
+    assert "Aside: WorkerError: rank 1 failed in Worker.echo:" in said
+
+
+def test_a_driver_that_stalls_itself_is_ended_by_its_watch(folder: Path):
+    assert not (folder / "driver_stalls.json").exists()
+    assert _statuses(folder, "driver_stalls")[0] == "1"
+    assert (folder / "driver_stalls.forced").exists()
+    assert "RankStalledError: rank 0 stood still for " in (folder / "forks.log").read_text()
+
+
+def test_a_stopped_driver_is_left_by_the_other_ranks(folder: Path):
+    assert _statuses(folder, "driver_frozen") == ["still there", "1", "1"]
+    assert "rank 0, the driver, has not answered for 4 s" in (folder / "forks.log").read_text()
+
+
+def test_long_rollouts_and_long_writes_are_no_stalls(folder: Path):
+    assert _found(folder, "long_calls")["file"] == [None] * 3
+    assert _statuses(folder, "long_calls") == ["0", "0", "0"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -93,6 +94,17 @@ def test_ctrl_c_saves_the_state_and_the_next_start_goes_on(config: Path, tmp_pat
     assert (tmp_path / "checkpoints" / "latest").read_text() == f"step_{steps[-1]:08d}"
     finish(start(*command(ranks, config, tmp_path, f"trainer.total_training_steps={steps[-1] + 1}")))
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [*steps, steps[-1] + 1]
+
+
+def test_a_port_in_use_is_named_at_once(config: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ranks = ["--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", str(port)]
+        run = start(*command(1, config, tmp_path)[:1], "-m", "torch.distributed.run", *ranks, "-m", "megatron_dapo")
+        _, err = run.communicate(timeout=120)
+    assert run.returncode == 1
+    assert f"port: {port}" in err
+    assert "address already in use" in err
 
 
 def _interrupt(process: subprocess.Popen[str]) -> None:

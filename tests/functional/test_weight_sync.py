@@ -51,7 +51,11 @@ TWO = [
         ({}, "auto", SOME),
         (TP2, "in_process", SOME),
     ]
-] + [case("untied", TP2, "auto", SOME, temperature=0.7)]
+] + [
+    case("untied", TP2, "auto", SOME, temperature=0.7),
+    case("untied", TP2, "auto", SOME, engine_every=2),
+    case("tied", {}, "auto", SOME, engine_every=2),
+]
 FAULTS = [
     case("untied", TP2, "auto", size, fault=fault, at_rank=rank)
     for fault in ("drop", "swap", "corrupt")

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2] / PACKAGE
 
 # From the ground up. A part may import itself and the tiers before its own; parts of one tier never each other.
 TIERS = (
-    ("types", "config", "exit_codes", "digests"),
+    ("types", "config", "exit_codes", "digests", "progress"),
     ("algo", "manifest"),
     ("data", "rewards", "obs"),
     ("mcore", "rollout", "runtime"),

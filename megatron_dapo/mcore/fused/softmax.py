@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 # What the logits of one chunk may take where nothing else is said, by device type: `benchmarks/fused_loss.py`.
-LOGITS_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 STATISTICS = 4  # a token
 PADDING = -1e30  # the logit of a padded row: its exponential is 0, and a sum of such logits is still finite
 

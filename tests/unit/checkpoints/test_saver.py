@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from megatron_dapo.checkpoints.saver import Saver, SaveRules, Snapshot
 from megatron_dapo.checkpoints.state_file import read_state
 from megatron_dapo.checkpoints.store import CheckpointStore
 from megatron_dapo.digests import FileDigest, digest_file
+from megatron_dapo.runtime.group import WorkerError
 from megatron_dapo.workers.policy_group import CheckpointWriteError
 from tests.unit.checkpoints.small import IDENTITY
 
@@ -134,6 +136,51 @@ def test_then_the_fallback_folder_takes_the_state(tmp_path: Path):
         run.saver.settle()
     assert steps(run.fallback) == [6]
     assert steps(run.store) == []
+
+
+def test_the_last_will_completes_the_save_under_way_with_the_ranks_it_is_given(tmp_path: Path):
+    run = Run(tmp_path, Ranks(ends=[None]))
+    run.save(5)
+    aside = Ranks(started=run.ranks.started)
+    said = run.saver.last_will(lambda: aside)
+    assert steps(run.store) == [5]
+    path = run.store.root / "step_00000005"
+    assert said == (
+        f"The save after step 5 that was under way was completed. The next start goes on after step 5, from {path}."
+    )
+
+
+def test_the_last_will_says_which_save_is_lost_and_which_one_counts(tmp_path: Path):
+    run = Run(tmp_path, background=False)
+    assert run.saver.last_will(lambda: run.ranks) == "There is no checkpoint: the next start begins anew."
+    run.save(4)
+    assert run.saver.last_will(lambda: run.ranks).startswith("The next start goes on after step 4, from ")
+    run.save(5, background=True)
+
+    def unheard() -> Ranks:
+        raise WorkerError(1, "PolicyWorker.rank_layout", "it does not answer")
+
+    said = run.saver.last_will(unheard)
+    assert "The save after step 5 that was under way is lost: rank 1 failed in" in said
+    assert "The next start goes on after step 4" in said
+
+
+def test_the_last_will_does_not_wait_for_a_main_thread_that_is_stuck_at_the_end_of_a_save(tmp_path: Path):
+    class Stuck(Ranks):
+        def finish_save(self, wait: bool) -> dict[str, FileDigest] | None:
+            inside.set()
+            assert gate.wait(60)
+            return super().finish_save(wait)
+
+    inside, gate = threading.Event(), threading.Event()
+    run = Run(tmp_path, Stuck())
+    run.save(5)
+    main = threading.Thread(target=run.saver.poll)
+    main.start()
+    assert inside.wait(60)
+    assert "is lost: a rank did not take part in its end" in run.saver.last_will(Ranks)
+    gate.set()
+    main.join()
 
 
 def test_a_full_disk_below_the_drivers_own_files_is_the_same(tmp_path: Path):

@@ -103,6 +103,16 @@ def test_the_defaults_fit_any_number_of_ranks(world_size):
             ["algorithm.filter_groups.min_valid=9"],
             r"filter_groups.min_valid is 9, more than the actor_rollout_ref.rollout.n = 8 responses of a group",
         ),
+        (
+            6,
+            ["actor_rollout_ref.rollout.name=sglang", "actor_rollout_ref.rollout.tensor_model_parallel_size=4"],
+            r"rollout.tensor_model_parallel_size is 4 and a node has 6 ranks: .* give a divisor of 6",
+        ),
+        (
+            1,
+            ["actor_rollout_ref.rollout.nnodes=2"],
+            r"rollout.nnodes is 2 and runtime.colocate is true: .* leave it out, or set runtime.colocate=false",
+        ),
         (1, ["trainer.test_freq=5"], r"trainer.test_freq is 5 and data.val_files is empty: name a file"),
     ],
 )
@@ -132,6 +142,8 @@ def test_what_does_not_fit_is_refused_with_its_numbers_and_a_remedy(world_size, 
         (1, ["reward_model.overlong_buffer.enable=true", "reward_model.overlong_buffer.len=1024"]),
         (1, ["algorithm.filter_groups.min_valid=8"]),
         (1, ["trainer.test_freq=5", "data.val_files=x.parquet"]),
+        (8, ["actor_rollout_ref.rollout.name=sglang", "actor_rollout_ref.rollout.tensor_model_parallel_size=4"]),
+        (1, ["runtime=ray", "runtime.colocate=false", "actor_rollout_ref.rollout.nnodes=2"]),
     ],
 )
 def test_what_just_fits_is_taken(world_size, overrides):

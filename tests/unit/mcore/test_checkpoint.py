@@ -15,6 +15,7 @@ from megatron_dapo.digests import digest_file
 from megatron_dapo.mcore import checkpoint
 from megatron_dapo.mcore.optimizer import apply_update, zero_gradients
 from megatron_dapo.mcore.parallel import RankLayout
+from megatron_dapo.mcore.save_plan import Planning
 from megatron_dapo.mcore.shard_write import Written
 from tests.unit.mcore.helpers import Training, start_training
 
@@ -41,9 +42,13 @@ def update(training: Training, number: int) -> None:
     assert apply_update(training.optimizer, lr=0.01 / (1 + number), loss=0.0).applied
 
 
-def save(training: Training, path: Path, meanwhile: Callable[[], None] | None = None) -> None:
+def save(
+    training: Training, path: Path, meanwhile: Callable[[], None] | None = None, planning: Planning | None = None
+) -> None:
     """At once, or in the background of `meanwhile`."""
-    saving = checkpoint.start_save(training.chunks, training.optimizer, path, background=meanwhile is not None)
+    saving = checkpoint.start_save(
+        training.chunks, training.optimizer, planning or Planning(), path, background=meanwhile is not None
+    )
     if meanwhile is not None:
         meanwhile()
     written = saving.outcome(wait=True)
@@ -101,10 +106,10 @@ def test_every_parameter_counts_its_own_steps(start: Callable[[], Training], tmp
 
 
 def test_saving_changes_nothing(start: Callable[[], Training], tmp_path: Path):
-    saving, other = start(), start()
+    saving, other, planning = start(), start(), Planning()
     for number in range(2):
         (tmp_path / str(number)).mkdir()
-        save(saving, tmp_path / str(number))
+        save(saving, tmp_path / str(number), planning=planning)
         update(saving, number)
         update(other, number)
     assert_same(saving, other)

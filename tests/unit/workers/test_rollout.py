@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_dapo.mcore.hf_read import read_hf
+from megatron_dapo.rollout.no_engine import NoEngine
 from megatron_dapo.rollout.torch_engine import TorchEngine
 from megatron_dapo.runtime.host import WorkerHost
 from megatron_dapo.runtime.spmd import SpmdControl
@@ -192,3 +193,16 @@ def test_more_ranks_than_draws_leave_some_with_nothing():
     fleet.submit(requests_of(draws=1, n=3))
     assert len(drain(fleet)) == 3
     assert [len(shard) for shard in group.shards[0]] == [3, 0, 0, 0]
+
+
+def test_ranks_whose_devices_serve_another_ranks_engine_get_no_requests():
+    group = ScriptedGroup(4)
+    fleet = RolloutFleet(group, lambda: None, no_failures, engine_every=2)
+    fleet.submit(requests_of(draws=3, n=2))
+    drain(fleet)
+    assert [sorted({request.draw_index for request in shard}) for shard in group.shards[0]] == [[0, 2], [], [1], []]
+
+
+def test_a_rank_without_an_engine_refuses_requests():
+    with pytest.raises(RuntimeError, match="2 requests for a rank without an engine"):
+        NoEngine().submit(requests_of(draws=1, n=2))

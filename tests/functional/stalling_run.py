@@ -1,0 +1,64 @@
+"""`torchrun ... stalling_run.py FAULT train CONFIG ...`: the command line, on a package in which rank 1 has a fault."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from megatron_dapo.cli import main
+from megatron_dapo.mcore import shard_write
+from megatron_dapo.mcore.head import DapoHead
+from megatron_dapo.rollout.torch_engine import TorchEngine
+from megatron_dapo.workers import policy
+
+
+def stuck_here() -> None:
+    time.sleep(1000)
+
+
+def stall_in_the_third_step() -> None:
+    """In the fifth mini-batch, of two a step; while the files of the save after step 2 are written slowly."""
+    pass_through, forward, write = policy.forward_backward, DapoHead.forward, shard_write._write_bucket
+    calls = []
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return pass_through(*args)
+
+    def stuck(*args: Any, **kwargs: Any) -> Any:
+        if len(calls) == 5 and os.environ["RANK"] == "1":
+            stuck_here()
+        return forward(*args, **kwargs)
+
+    def slow(bucket: Any) -> Any:
+        if "step_00000002" in str(bucket[0]):
+            time.sleep(10)
+        return write(bucket)
+
+    policy.forward_backward, DapoHead.forward, shard_write._write_bucket = counted, stuck, slow
+
+
+def write_slowly() -> None:
+    """Rank 1 is long at its first responses."""
+    poll, left = TorchEngine.poll, iter(range(5))
+
+    def slow(engine: TorchEngine) -> Any:
+        if os.environ["RANK"] == "1" and engine.pending > 4 and next(left, None) is not None:
+            time.sleep(2)
+        return poll(engine)
+
+    TorchEngine.poll = slow  # type: ignore[method-assign]
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "none": lambda: None,
+    "stall": stall_in_the_third_step,
+    "slow rollout": write_slowly,
+}
+
+if __name__ == "__main__":
+    FAULTS[sys.argv[1]]()
+    sys.exit(main(sys.argv[2:]))
