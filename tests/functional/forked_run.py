@@ -25,9 +25,10 @@ from typing import Any
 
 import multiprocess  # as multiprocessing, but what it sends may hold modules and functions of tests
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.launcher.api import elastic_launch
 
 from megatron_dapo.cli import main
+from tests.functional.launching import forking
 
 PATIENCE = 400  # seconds: a run takes a few, a busy machine makes them many
 _SERVER = multiprocess.get_context("forkserver")
@@ -113,18 +114,8 @@ def _rank(prepare: Callable[[], None], words: list[str]) -> int:
 
 def _launch(ranks: int, prepare: Callable[[], None], words: list[str]) -> int:
     """What `torchrun --standalone --nproc-per-node RANKS` does."""
-    how = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id=str(os.getpid()),
-        max_restarts=0,
-        start_method="fork",
-    )
     try:
-        elastic_launch(how, _launched)(prepare, words)
+        elastic_launch(forking(ranks), _launched)(prepare, words)
     except ChildFailedError as error:
         print(error, file=sys.stderr)
         return 1

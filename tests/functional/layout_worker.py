@@ -22,9 +22,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.launcher.api import elastic_launch
 
 from megatron_dapo.algo.loss import PolicyLossConfig
 from megatron_dapo.config.tree import OptimConfig
@@ -37,6 +36,7 @@ from megatron_dapo.mcore.schedule import PassResult, forward_backward
 from megatron_dapo.mcore.weights import local_parameters
 from megatron_dapo.types import FloatArray, IntArray, MicroBatch, SequenceBatch
 from megatron_dapo.workers.policy import PolicySettings, PolicyWorker, UpdateShard
+from tests.functional.launching import forking
 from tests.functional.layout_cases import CLIP, LR, Deviations, Job
 from tests.functional.layout_faults import planted, weights_off_by_one
 
@@ -55,25 +55,17 @@ def main(descriptor: str) -> None:
     torch.set_num_threads(1)
     connection = Connection(int(descriptor))
     while (world := pickle.loads(connection.recv_bytes())) is not None:
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=world,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            start_method="fork",
-            max_restarts=0,
-            logs_specs=DefaultLogsSpecs(log_dir=tempfile.mkdtemp()),
-        )
         try:
-            elastic_launch(config, serve)(connection)
+            elastic_launch(forking(world, tempfile.mkdtemp()), serve)(connection)
         except ChildFailedError as error:
             connection.send(error.format_msg())
 
 
 def serve(connection: Connection) -> None:
     """On each rank: deviations of one job after the other, the largest over all ranks, until None comes."""
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)
     dist.init_process_group("gloo")
+    faulthandler.cancel_dump_traceback_later()
     while True:
         box: list[Job | None] = [pickle.loads(connection.recv_bytes()) if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(box)
