@@ -3,7 +3,7 @@
 It is forked from a server of its own, never from the process of the tests: that may have run gloo before, whose threads
 a fork loses and whose state it keeps, so that the child would wait for ever.
 
-A run over several ranks is torchrun's own: its agent, which starts the ranks by a fork instead of a command.
+The ranks of a run over several are forked from a process of their own (`forked_ranks.py`).
 
 A process may be told to die, or to be signalled, at a moment of the package's own code: the function at that moment is
 wrapped in that process alone.
@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import multiprocess  # as multiprocessing, but what it sends may hold modules and functions of tests
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import elastic_launch
+from torch.multiprocessing.spawn import ProcessException
 
 from megatron_dapo.cli import main
-from tests.functional.launching import forking
+from tests.functional.forked_ranks import run_ranks
 
 PATIENCE = 400  # seconds: a run takes a few, a busy machine makes them many
 _SERVER = multiprocess.get_context("forkserver")
@@ -113,10 +112,9 @@ def _rank(prepare: Callable[[], None], words: list[str]) -> int:
 
 
 def _launch(ranks: int, prepare: Callable[[], None], words: list[str]) -> int:
-    """What `torchrun --standalone --nproc-per-node RANKS` does."""
     try:
-        elastic_launch(forking(ranks), _launched)(prepare, words)
-    except ChildFailedError as error:
+        run_ranks(ranks, _launched, prepare, words)
+    except ProcessException as error:
         print(error, file=sys.stderr)
         return 1
     return 0

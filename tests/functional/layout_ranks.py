@@ -1,4 +1,4 @@
-"""The test's end of the ranks: it starts them, one torchrun a world size, and sends them cases with their answers."""
+"""The test's end of the ranks: it starts them, one start of ranks a world size, and sends them cases with their answers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Ranks:
 
     def ask(self, job: Job) -> Deviations:
         """What all ranks of the present world find, the largest of each; they are started anew where one has failed."""
-        found: Deviations | str  # a string is what torchrun says of ranks that failed
+        found: Deviations | str  # a string is what is said of ranks that failed
         try:
             if not self._up:
                 self._send(self._size)

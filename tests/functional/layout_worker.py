@@ -1,8 +1,7 @@
 """The ranks of the layout tests: every case that comes is run on the real Megatron path and held against its answer.
 
-Run as a program with the file descriptor of a connection, over which the sizes of worlds come. Each world is one
-`torchrun`, through the same launcher that the command calls, but with a function: the ranks are forks of this process,
-which has imported Megatron once for all of them. Rank 0 then reads cases from the same connection.
+Run as a program with the file descriptor of a connection, over which the sizes of worlds come. The ranks of a world are
+forks of this process, which has imported Megatron once for all of them. Rank 0 reads cases from the same connection.
 
 Deviations are relative: of the loss to the sum of its terms' sizes, of a gradient to the largest entry of that
 parameter's gradient, of a step to the largest change of any weight; those of log-probs and entropies are absolute.
@@ -14,7 +13,6 @@ import faulthandler
 import os
 import pickle
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any, cast
@@ -22,8 +20,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import elastic_launch
+from torch.multiprocessing.spawn import ProcessException
 
 from megatron_dapo.algo.loss import PolicyLossConfig
 from megatron_dapo.config.tree import OptimConfig
@@ -36,7 +33,7 @@ from megatron_dapo.mcore.schedule import PassResult, forward_backward
 from megatron_dapo.mcore.weights import local_parameters
 from megatron_dapo.types import FloatArray, IntArray, MicroBatch, SequenceBatch
 from megatron_dapo.workers.policy import PolicySettings, PolicyWorker, UpdateShard
-from tests.functional.launching import forking
+from tests.functional.forked_ranks import run_ranks
 from tests.functional.layout_cases import CLIP, LR, Deviations, Job
 from tests.functional.layout_faults import planted, weights_off_by_one
 
@@ -56,9 +53,9 @@ def main(descriptor: str) -> None:
     connection = Connection(int(descriptor))
     while (world := pickle.loads(connection.recv_bytes())) is not None:
         try:
-            elastic_launch(forking(world, tempfile.mkdtemp()), serve)(connection)
-        except ChildFailedError as error:
-            connection.send(error.format_msg())
+            run_ranks(world, serve, connection)
+        except ProcessException as error:
+            connection.send(str(error))
 
 
 def serve(connection: Connection) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from functools import cache, partial
@@ -93,9 +92,9 @@ def test_one_rank_is_killed_and_the_run_ends_and_goes_on_to_the_same_end(
     out = tmp_path / "run"
     prepare = partial(on_rank, rank, MOMENTS[when])
     ended = run(config, out, *EVENTFUL, *LAYOUTS[layout], prepare=prepare, ranks=2)
-    assert ended.code == 1, ended.said  # torchrun's own
+    assert ended.code == 1, ended.said
     if rank == 0:
-        assert f"exitcode  : {-signal.SIGKILL}" in ended.said
+        assert "process 0 terminated with signal SIGKILL" in ended.said
         assert not (out / "exit_status").exists()
     else:
         assert "WorkerError: rank 1 failed" in ended.said
