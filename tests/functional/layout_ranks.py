@@ -1,4 +1,4 @@
-"""The test's end of the ranks: it starts them, one start of ranks a world size, and sends them cases with their answers."""
+"""The test's end of the ranks: it starts each world once, and sends it cases with their answers."""
 
 from __future__ import annotations
 
