@@ -337,6 +337,11 @@ class HttpEngine(ABC):
             raise RuntimeError(f"{what} while {self.pending} requests are pending: poll until none is, or abort them")
 
 
+def visible(devices: Sequence[str]) -> dict[str, str]:
+    """What shows a server these CUDA devices and no others."""
+    return {"CUDA_VISIBLE_DEVICES": ",".join(devices)}
+
+
 def refuse_on_cpu(engine: str, config: RolloutConfig) -> None:
     """Raises ValueError: settings that the engine's server has on CUDA alone."""
     for name, value, off in (

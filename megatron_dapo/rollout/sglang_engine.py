@@ -30,6 +30,7 @@ from megatron_dapo.rollout.http_engine import (
     command_line,
     new_key,
     refuse_on_cpu,
+    visible,
 )
 from megatron_dapo.rollout.sglang_checksums import LOADER, pack_order
 from megatron_dapo.rollout.weight_buckets import pickled
@@ -50,13 +51,13 @@ class SGLangEngine(HttpEngine):
         config: RolloutConfig,
         *,
         dtype: torch.dtype,
-        cuda_device: int | None,
+        devices: Sequence[str] | None,
         log: Path,
         quiet_limit: float = 60.0,
     ):
         """
         Args:
-            cuda_device: the first that it may use; None: the CPU.
+            devices: those that it takes, as CUDA_VISIBLE_DEVICES names them; None: the CPU.
 
         Others, and errors, as for `HttpEngine`; ValueError for settings that the server does not have on this device.
         """
@@ -64,11 +65,11 @@ class SGLangEngine(HttpEngine):
         plan = ServerPlan(
             name="SGLang",
             module="sglang.launch_server",
-            flags=server_flags(model_path, config, dtype, cuda_device),
+            flags=server_flags(model_path, config, dtype, devices),
             key=key,
             key_flags=["--api-key", key],
-            environment={"SGLANG_USE_CPU_ENGINE": "1"} if cuda_device is None else {},
-            search_path=(SHIMS,) if cuda_device is None else (),
+            environment={"SGLANG_USE_CPU_ENGINE": "1"} if devices is None else visible(devices),
+            search_path=(SHIMS,) if devices is None else (),
             health_path="/health_generate",
         )
         super().__init__(plan, model_path, eos_token_ids, config, dtype=dtype, log=log, quiet_limit=quiet_limit)
@@ -147,7 +148,7 @@ class SGLangEngine(HttpEngine):
 
 
 def server_flags(
-    model_path: str | Path, config: RolloutConfig, dtype: torch.dtype, cuda_device: int | None
+    model_path: str | Path, config: RolloutConfig, dtype: torch.dtype, devices: Sequence[str] | None
 ) -> list[str]:
     """The server's command line but for its address.
 
@@ -165,7 +166,7 @@ def server_flags(
         "--grammar-backend": "none",
     }
     switches = ["--skip-tokenizer-init", "--skip-server-warmup"]
-    if cuda_device is None:
+    if devices is None:
         refuse_on_cpu("SGLang", config)
         flags |= {
             "--device": "cpu",
@@ -175,7 +176,7 @@ def server_flags(
         }
         switches.append("--disable-overlap-schedule")
     else:
-        flags |= {"--tp-size": config.tensor_model_parallel_size, "--base-gpu-id": cuda_device}
+        flags |= {"--tp-size": config.tensor_model_parallel_size}
         flags |= {"--mem-fraction-static": config.gpu_memory_utilization}
         switches.append("--enable-memory-saver")  # without it `sleep` frees nothing
         switches += ["--disable-cuda-graph"] if config.enforce_eager else []

@@ -30,6 +30,7 @@ from megatron_dapo.rollout.http_engine import (
     command_line,
     new_key,
     refuse_on_cpu,
+    visible,
 )
 from megatron_dapo.rollout.vllm_extension import EXTENSION
 from megatron_dapo.rollout.vllm_key import KEY_VARIABLE, MIDDLEWARE
@@ -49,13 +50,13 @@ class VLLMEngine(HttpEngine):
         config: RolloutConfig,
         *,
         dtype: torch.dtype,
-        cuda_device: int | None,
+        devices: Sequence[str] | None,
         log: Path,
         quiet_limit: float = 60.0,
     ):
         """
         Args:
-            cuda_device: the first that it may use; None: the CPU.
+            devices: those that it takes, as CUDA_VISIBLE_DEVICES names them; None: the CPU.
 
         Others, and errors, as for `HttpEngine`; ValueError for settings that the server does not have on this device.
         """
@@ -63,10 +64,10 @@ class VLLMEngine(HttpEngine):
         plan = ServerPlan(
             name="vLLM",
             module="vllm.entrypoints.openai.api_server",
-            flags=server_flags(model_path, config, dtype, cuda_device),
+            flags=server_flags(model_path, config, dtype, devices),
             key=key,
             key_flags=(),
-            environment={KEY_VARIABLE: key} | server_environment(config, cuda_device),
+            environment={KEY_VARIABLE: key} | server_environment(config, devices),
             search_path=(),
             health_path="/weight_info",  # asks the engine's process; /health does not
         )
@@ -155,23 +156,24 @@ class VLLMEngine(HttpEngine):
         return self._call("/collective_rpc", {"method": method, "args": [*args]})
 
 
-def server_environment(config: RolloutConfig, cuda_device: int | None) -> dict[str, str]:
+def server_environment(config: RolloutConfig, devices: Sequence[str] | None) -> dict[str, str]:
     """What vLLM takes no flag for."""
     variables = {
         "VLLM_SERVER_DEV_MODE": "1",  # the paths for weights, pauses and sleep
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    if cuda_device is None:
+    if devices is None:
         # As many threads as this process's own, on any core: several engines of a host would be bound to the same ones.
         variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    elif config.deterministic:
-        variables |= {"VLLM_BATCH_INVARIANT": "1"}
+    else:
+        variables |= visible(devices)
+        variables |= {"VLLM_BATCH_INVARIANT": "1"} if config.deterministic else {}
     return variables
 
 
 def server_flags(
-    model_path: str | Path, config: RolloutConfig, dtype: torch.dtype, cuda_device: int | None
+    model_path: str | Path, config: RolloutConfig, dtype: torch.dtype, devices: Sequence[str] | None
 ) -> list[str]:
     """The server's command line but for its address.
 
@@ -192,16 +194,14 @@ def server_flags(
     }
     switches = ["--tokens-only", "--skip-tokenizer-init", "--disable-uvicorn-access-log", "--disable-log-stats"]
     switches.append("--enable-chunked-prefill" if config.enable_chunked_prefill else "--no-enable-chunked-prefill")
-    if cuda_device is None:
+    if devices is None:
         refuse_on_cpu("vLLM", config)
         refuse_head_size(model_path)
         flags |= {"--kv-cache-memory-bytes": KV_BYTES_ON_CPU, "--block-size": BLOCK_TOKENS_ON_CPU}
         switches.append("--enforce-eager")  # without it torch's compiler wants minutes and a C++ compiler
     else:
-        devices = range(cuda_device, cuda_device + config.tensor_model_parallel_size)
         flags |= {
             "--tensor-parallel-size": config.tensor_model_parallel_size,
-            "--device-ids": ",".join(map(str, devices)),  # of those visible
             "--gpu-memory-utilization": config.gpu_memory_utilization,
         }
         switches.append("--enable-sleep-mode")  # without it `sleep` frees nothing
