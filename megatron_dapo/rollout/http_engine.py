@@ -215,14 +215,8 @@ class HttpEngine(ABC):
         """Hugging Face name -> `algo.checksum.checksum` of the tensor as the server holds it. Computed there.
 
         Raises:
-            NotImplementedError: the engine spans several GPUs.
             RuntimeError: requests are pending.
         """
-        if self._tp_size > 1:
-            raise NotImplementedError(
-                f"checksums of an engine over {self._tp_size} GPUs: each holds a slice, and {self._name}'s slices are "
-                "not told apart here; verify with tensor_model_parallel_size=1, or by the probe alone"
-            )
         self._refuse_pending("weight_checksums")
         return self._held_checksums()
 

@@ -23,6 +23,7 @@ import torch
 
 from megatron_dapo.config.tree import RolloutConfig
 from megatron_dapo.rollout.engine import Tag
+from megatron_dapo.rollout.held_tensors import EngineRank, whole_checksums
 from megatron_dapo.rollout.http_engine import (
     IDLE_SECONDS,
     HttpEngine,
@@ -130,15 +131,19 @@ class SGLangEngine(HttpEngine):
 
     def _held_checksums(self) -> dict[str, int]:
         with tempfile.TemporaryDirectory() as folder:
-            answer = Path(folder) / "checksums.json"
-            order = base64.b64encode(pickled(pack_order(answer, self._weights.shapes))).decode()
+            ranks = [EngineRank(number, self._tp_size, self._weights.head_dim) for number in range(self._tp_size)]
+            answers = {rank: Path(folder) / f"{rank.rank}.json" for rank in ranks}
+            orders = [
+                base64.b64encode(pickled(pack_order(answer, self._weights.shapes, rank))).decode()
+                for rank, answer in answers.items()
+            ]
             self._begin_update()
-            body = {"serialized_named_tensors": [order], "load_format": LOADER, "flush_cache": False}
+            body = {"serialized_named_tensors": orders, "load_format": LOADER, "flush_cache": False}
             try:
                 self._call("/update_weights_from_tensor", body)
             finally:
                 self._end_update()
-            return {name: int(found) for name, found in json.loads(answer.read_text()).items()}
+            return whole_checksums(json.loads(answer.read_text()) for answer in answers.values())
 
     def _sleep(self, tags: Sequence[Tag]) -> None:
         self._call("/release_memory_occupation", {"tags": [*tags]})

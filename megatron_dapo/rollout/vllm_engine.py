@@ -22,6 +22,7 @@ from transformers import AutoConfig
 from megatron_dapo.config.tree import RolloutConfig
 from megatron_dapo.rollout.engine import ALL_TAGS, Tag
 from megatron_dapo.rollout.failures import EngineHangsError
+from megatron_dapo.rollout.held_tensors import whole_checksums
 from megatron_dapo.rollout.http_engine import (
     IDLE_SECONDS,
     POLL_SECONDS,
@@ -136,8 +137,8 @@ class VLLMEngine(HttpEngine):
 
     def _held_checksums(self) -> dict[str, int]:
         shapes = {name: list(shape) for name, shape in self._weights.shapes.items()}
-        (of_worker,) = self._in_workers("policy_checksums", shapes)["results"]
-        return {name: int(found) for name, found in of_worker.items()}
+        of_workers = self._in_workers("policy_checksums", shapes, self._tp_size, self._weights.head_dim)["results"]
+        return whole_checksums({name: int(part) for name, part in found.items()} for found in of_workers)
 
     def _sleep(self, tags: Sequence[Tag]) -> None:
         """vLLM puts all to sleep, keeping the weights on the host (level 1) or not (2), and wakes by tag."""
