@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
@@ -48,6 +49,7 @@ from megatron_dapo.rollout.no_engine import NoEngine
 from megatron_dapo.rollout.sglang_engine import SGLangEngine
 from megatron_dapo.rollout.torch_engine import TorchEngine
 from megatron_dapo.rollout.vllm_engine import VLLMEngine
+from megatron_dapo.runtime.devices import engine_devices
 from megatron_dapo.runtime.group import WorkerError, WorkerGroup
 from megatron_dapo.runtime.host import WorkerHost
 from megatron_dapo.sync.embedded import CheckpointSync
@@ -362,11 +364,16 @@ def _served_by(engine: type[SGLangEngine] | type[VLLMEngine]) -> Callable[[RunCo
             end_token_ids(section.model.path),
             section.rollout,
             dtype=DTYPES[section.actor.megatron.params_dtype],
-            cuda_device=where.index if where.type == "cuda" else None,
+            devices=_engine_devices(config) if where.type == "cuda" else None,
             log=Path(config.trainer.default_local_dir) / "logs" / f"{section.rollout.name}_rank{rank}.log",
         )
 
     return make
+
+
+def _engine_devices(config: RunConfig) -> tuple[str, ...]:
+    wanted, local_rank = config.actor_rollout_ref.rollout.tensor_model_parallel_size, device().index
+    return engine_devices(wanted, local_rank, torch.cuda.device_count(), os.environ)
 
 
 ENGINES: Mapping[str, Callable[[RunConfig], RolloutEngine]] = {
