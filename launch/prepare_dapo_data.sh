@@ -8,9 +8,9 @@
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-DATA_HOME=${DATA_HOME:-"${ROOT}/data"}
-TRAIN_FILE=${TRAIN_FILE:-"${DATA_HOME}/dapo-math-17k.parquet"}
-TEST_FILE=${TEST_FILE:-"${DATA_HOME}/aime-2024.parquet"}
+RAY_DATA_HOME=${RAY_DATA_HOME:-$ROOT}
+TRAIN_FILE=${TRAIN_FILE:-"${RAY_DATA_HOME}/data/dapo-math-17k.parquet"}
+TEST_FILE=${TEST_FILE:-"${RAY_DATA_HOME}/data/aime-2024.parquet"}
 OVERWRITE=${OVERWRITE:-0}
 
 prepare() { # NAME FILE [option...]: the data set NAME of the recipe as FILE
