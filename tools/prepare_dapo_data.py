@@ -16,6 +16,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -99,7 +100,7 @@ def _columns(arguments: argparse.Namespace) -> ProblemColumns | None:
     )
 
 
-def _record(report: PreparationReport, fetched: dict[str, Fetched]) -> dict[str, object]:
+def _record(report: PreparationReport, fetched: dict[str, Fetched]) -> dict[str, Any]:
     from_hub = {
         name: {"commit": found.commit, "checksum": found.checksum, "verified": found.verified}
         for name, found in fetched.items()

@@ -190,13 +190,16 @@ def _problem_row(value: Mapping[str, Any], columns: ProblemColumns, index: int, 
             raise MissingColumnError(
                 f"{where} has no column {column!r}; it has {', '.join(value)}; say which of them holds what"
             )
-    problem, answer, *source = (value[column] for column in wanted)
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        answer = str(answer)
-    for column, text in zip(wanted, (problem, answer, *source), strict=True):
-        if not isinstance(text, str) or not text.strip():
-            raise MalformedRowError(f"{where}: {column!r} is {text!r}; it must be text (an answer: or a whole number)")
-    return recipe_row(problem, answer, source[0] if source else columns.data_source, index)
+    answer = value[columns.answer]
+    whole = isinstance(answer, int) and not isinstance(answer, bool)
+    texts = {**value, columns.answer: str(answer) if whole else answer}
+    for column in wanted:
+        if not isinstance(texts[column], str) or not texts[column].strip():
+            raise MalformedRowError(
+                f"{where}: {column!r} is {texts[column]!r}; it must be text (an answer: or a whole number)"
+            )
+    data_source = texts[columns.source] if columns.source else columns.data_source
+    return recipe_row(texts[columns.problem], texts[columns.answer], data_source, index)
 
 
 def _values(path: Path) -> Iterator[tuple[int, list[dict[str, Any]]]]:
