@@ -10,7 +10,7 @@
 #
 # From the environment:
 #   HEAD_ADDRESS       of the first node
-#   RAY_PORT           where the head listens (6379)
+#   RAY_PORT           where the head listens, and at the next one (6379)
 #   DASHBOARD_PORT     the head has a dashboard there, which takes jobs (launch/submit.sh); absent: none
 #   RAY_TMP            Ray's folder for sockets and logs, short (/tmp/ray-PORT)
 #   LOGS               where Ray's logs go when the node ends (logs)
@@ -40,10 +40,16 @@ main() {
   local role=${1:-}
   if [[ $role == node ]]; then
     role=worker
-    if [[ $NODE == "${HEAD_NODE:?}" ]]; then role=head; fi
+    RAY_TMP+=.${SLURM_NODEID:?}
+    if [[ $NODE == "${HEAD_NODE:?}" ]]; then role="head"; fi
   fi
+  mkdir -p "$RAY_TMP" "$LOGS"
   case $role in
-    head) run_node "${head_flags[@]}" ;;
+    head)
+      rm -f "$LOGS/head_ended"
+      trap 'touch "$LOGS/head_ended"' EXIT
+      run_node "${head_flags[@]}"
+      ;;
     worker)
       await_head
       run_node --address="$HEAD_ADDRESS:$RAY_PORT"
@@ -56,7 +62,8 @@ main() {
   esac
 }
 
-head_flags=(--head --port="$RAY_PORT" --node-ip-address="$HEAD_ADDRESS" --ray-client-server-port=0)
+head_flags=(--head --port="$RAY_PORT" --node-ip-address="$HEAD_ADDRESS"
+  --ray-client-server-port=$((RAY_PORT + 1)))
 if [[ -n ${DASHBOARD_PORT:-} ]]; then
   head_flags+=(--include-dashboard=true --dashboard-port="$DASHBOARD_PORT")
 else
@@ -75,6 +82,10 @@ for name, value in yaml.safe_load(open("launch/runtime_env.yaml"))["env_vars"].i
 await_head() {
   local waited=0
   until (exec 3<>"/dev/tcp/$HEAD_ADDRESS/$RAY_PORT") 2>/dev/null; do
+    if [[ -e $LOGS/head_ended ]]; then
+      echo "$NODE: the Ray head has ended: see the first node's log" >&2
+      return 1
+    fi
     if ((waited++ >= NODE_WAIT_SECONDS)); then
       echo "$NODE: no Ray head answers at $HEAD_ADDRESS:$RAY_PORT after $NODE_WAIT_SECONDS s: see the first node's log," \
         "and set HEAD_ADDRESS if the nodes reach it by another address" >&2
@@ -89,7 +100,6 @@ run_node() {
   local resources=() code=0 ray
   if [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then resources+=(--num-gpus="$SLURM_GPUS_ON_NODE"); fi
   if [[ -n ${SLURM_CPUS_ON_NODE:-} ]]; then resources+=(--num-cpus="$SLURM_CPUS_ON_NODE"); fi
-  mkdir -p "$RAY_TMP" "$LOGS"
   ray start "$@" "${resources[@]}" --block --disable-usage-stats --node-name="$NODE" --temp-dir="$RAY_TMP" \
     --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0 &
   ray=$!

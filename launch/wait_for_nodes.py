@@ -6,6 +6,7 @@ if they are not all there in time: it names those that are missing.
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -36,7 +37,7 @@ def connect(address: str, deadline: float) -> None:
     """The head may listen before its node takes drivers."""
     while True:
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="error")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             return
         except (ConnectionError, RuntimeError):
             if time.monotonic() > deadline:
@@ -52,9 +53,8 @@ def report(wanted: Sequence[str], nodes: Mapping[str, Mapping[str, Any]]) -> str
     present = [name for name in wanted if name in nodes]
     total = {kind: sum(nodes[name].get(kind, 0) for name in present) for kind in ("CPU", "GPU")}
     missing = " ".join(name for name in wanted if name not in nodes)
-    return (
-        f"nodes wanted: {len(wanted)}, present: {len(present)} ({total['CPU']:g} CPU, {total['GPU']:g} GPU)"
-        + (f"; missing: {missing}" if missing else "")
+    return f"nodes wanted: {len(wanted)}, present: {len(present)} ({total['CPU']:g} CPU, {total['GPU']:g} GPU)" + (
+        f"; missing: {missing}" if missing else ""
     )
 
 

@@ -28,7 +28,7 @@ def install(directory: Path) -> dict[str, str]:
     commands.mkdir(parents=True)
     for name in COMMANDS:
         path = commands / name
-        path.write_text(f"#!/bin/sh\nexec {sys.executable} {__file__} {name} \"$@\"\n")
+        path.write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} {name} "$@"\n')
         path.chmod(0o755)
     return os.environ | {"PATH": f"{commands}{os.pathsep}{os.environ['PATH']}", "STANDIN_DIR": str(directory)}
 
