@@ -21,10 +21,15 @@ directory=$(python - "$@" <<'PYTHON'
 import sys
 
 from megatron_dapo.config.load import load_config
+from megatron_dapo.config.tree import ConfigError
 
 files = [word for word in sys.argv[1:] if "=" not in word]
 settings = [word for word in sys.argv[1:] if "=" in word]
-print(load_config(files[0] if files else None, settings).config.trainer.default_local_dir)
+try:
+    print(load_config(files[0] if files else None, settings).config.trainer.default_local_dir)
+except ConfigError as error:
+    print(f"megatron-dapo: {error}", file=sys.stderr)
+    sys.exit(2)
 PYTHON
 )
 rm -f "$directory/exit_status"
