@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
-# The GPU image: `make image`. Two environments, for SGLang's and vLLM's pins conflict; each has this package, Megatron and
-# the kernels of training. /opt/sglang is on the PATH; for vLLM: PATH=/opt/vllm/bin:$PATH, or VENV=/opt/vllm for the
-# scripts of launch/. Every version is a build argument of constraints/gpu.env; the table is in docs/installation.md.
+# The GPU image: `make image`. Two environments, for SGLang's and vLLM's pins conflict; each has this package, Megatron
+# and the kernels of training. /opt/sglang is on the PATH; for vLLM: PATH=/opt/vllm/bin:$PATH. Every version is a build
+# argument of constraints/gpu.env; the table is in docs/installation.md.
 ARG CUDA_IMAGE
 FROM ${CUDA_IMAGE} AS base
 
@@ -18,7 +18,8 @@ ENV DEBIAN_FRONTEND=noninteractive \
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends \
-       build-essential ca-certificates git libibverbs-dev libnuma1 ninja-build python3 python3-dev python3-venv rdma-core \
+       build-essential ca-certificates git libibverbs-dev libnuma1 ninja-build rdma-core \
+       python3 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
 # What compiles against torch takes an hour, so it comes first, once for each torch. MAX_JOBS: a job of flash-attention

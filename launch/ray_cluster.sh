@@ -5,8 +5,8 @@
 #   HEAD_ADDRESS=10.0.0.1 launch/ray_cluster.sh worker       on each other one
 #   HEAD_ADDRESS=10.0.0.1 NODE_NAMES="node1 node2" launch/ray_cluster.sh drive CONFIG key=value ...    on the first node
 #
-# A node stays until SIGINT (Ctrl-C) or SIGUSR2 ends it, and leaves nothing behind but its logs in LOGS. SIGTERM does not
-# end it: Slurm sends that to everything before a preemption, and the run needs its nodes to save its state.
+# A node stays until SIGINT (Ctrl-C) or SIGUSR2 ends it, and leaves nothing behind but its logs in LOGS. SIGTERM does
+# not end it: Slurm sends that to everything before a preemption, and the run needs its nodes to save its state.
 #
 # From the environment:
 #   HEAD_ADDRESS       of the first node
@@ -43,7 +43,7 @@ main() {
     RAY_TMP+=.${SLURM_NODEID:?}
     if [[ $NODE == "${HEAD_NODE:?}" ]]; then role="head"; fi
   fi
-  mkdir -p "$RAY_TMP" "$LOGS"
+  mkdir -p "$LOGS"
   case $role in
     head)
       rm -f "$LOGS/head_ended"
@@ -82,17 +82,21 @@ for name, value in yaml.safe_load(open("launch/runtime_env.yaml"))["env_vars"].i
 await_head() {
   local waited=0
   until (exec 3<>"/dev/tcp/$HEAD_ADDRESS/$RAY_PORT") 2>/dev/null; do
-    if [[ -e $LOGS/head_ended ]]; then
-      echo "$NODE: the Ray head has ended: see the first node's log" >&2
-      return 1
-    fi
+    refuse_ended_head
     if ((waited++ >= NODE_WAIT_SECONDS)); then
-      echo "$NODE: no Ray head answers at $HEAD_ADDRESS:$RAY_PORT after $NODE_WAIT_SECONDS s: see the first node's log," \
-        "and set HEAD_ADDRESS if the nodes reach it by another address" >&2
+      echo "$NODE: no Ray head answers at $HEAD_ADDRESS:$RAY_PORT after $NODE_WAIT_SECONDS s: see the first node's" \
+        "log, and set HEAD_ADDRESS if the nodes reach it by another address" >&2
       return 1
     fi
     sleep 1
   done
+}
+
+refuse_ended_head() {
+  if [[ -e $LOGS/head_ended ]]; then
+    echo "$NODE: the Ray head has ended: see the first node's log" >&2
+    exit 1
+  fi
 }
 
 # Ports but the head's are the system's choice (0), so that two clusters on one host do not meet.
@@ -100,6 +104,7 @@ run_node() {
   local resources=() code=0 ray
   if [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then resources+=(--num-gpus="$SLURM_GPUS_ON_NODE"); fi
   if [[ -n ${SLURM_CPUS_ON_NODE:-} ]]; then resources+=(--num-cpus="$SLURM_CPUS_ON_NODE"); fi
+  mkdir -p "$RAY_TMP"
   ray start "$@" "${resources[@]}" --block --disable-usage-stats --node-name="$NODE" --temp-dir="$RAY_TMP" \
     --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0 &
   ray=$!
@@ -113,12 +118,18 @@ run_node() {
 }
 
 drive() {
-  local waiting
-  trap 'kill "$waiting"; exit 75' TERM USR1 # nothing has begun: start again (megatron_dapo/exit_codes.py)
+  waiting=
+  trap 'if [[ -n $waiting ]]; then kill "$waiting" 2>/dev/null || true; fi' EXIT
+  trap 'exit 75' TERM USR1 # nothing has begun: start again (megatron_dapo/exit_codes.py)
   await_head
   read -ra names <<<"${NODE_NAMES:-$NODE}"
   python launch/wait_for_nodes.py "$HEAD_ADDRESS:$RAY_PORT" "$NODE_WAIT_SECONDS" "${names[@]}" &
   waiting=$!
+  while kill -0 "$waiting" 2>/dev/null; do
+    refuse_ended_head
+    sleep 1 & # in the background: a signal is acted on at once
+    wait $! || true
+  done
   wait "$waiting"
   trap - TERM USR1
   RAY_ADDRESS=$HEAD_ADDRESS:$RAY_PORT exec python -m megatron_dapo train "$@"

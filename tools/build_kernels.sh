@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# An environment with torch and what compiles against it: tools/build_kernels.sh FOLDER TORCH_VERSION. For the Dockerfile,
-# whose build arguments name the other versions (constraints/gpu.env). Takes an hour or so without wheels.
+# An environment with torch and what compiles against it: tools/build_kernels.sh FOLDER TORCH_VERSION. For the
+# Dockerfile, whose build arguments name the other versions (constraints/gpu.env).
 set -euo pipefail
 
 folder=$1 torch=$2

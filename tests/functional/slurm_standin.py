@@ -71,6 +71,7 @@ def job_environment(job: str, options: dict[str, str], restarts: int) -> dict[st
     return os.environ | {
         "SLURM_JOB_ID": job,
         "SLURM_JOB_NUM_NODES": str(nodes),
+        "SLURM_NTASKS": str(nodes * int(options["ntasks-per-node"])),
         "SLURM_JOB_NODELIST": f"127.0.0.[2-{1 + nodes}]",
         "SLURM_SUBMIT_DIR": os.getcwd(),
         "SLURM_CPUS_ON_NODE": "1",
@@ -83,6 +84,9 @@ def srun(state: Path, words: Sequence[str]) -> int:
     options, command = split_options(words)
     allocated = hostnames(os.environ["SLURM_JOB_NODELIST"])
     names = hostnames(options["nodelist"]) if "nodelist" in options else allocated[: int(options["nodes"])]
+    wanted = int(options.get("ntasks", os.environ["SLURM_NTASKS"]))  # a step inherits the job's
+    if wanted != len(names) * int(options["ntasks-per-node"]):
+        raise ValueError(f"{wanted} tasks are asked for on {len(names)} nodes")
     started: list[subprocess.Popen[bytes]] = []
     for number in PASSED_ON:
         signal.signal(number, lambda number, _: [task.send_signal(number) for task in started])

@@ -16,7 +16,7 @@ import pytest
 from tiny_run import make_workspace
 
 from megatron_dapo.checkpoints.store import CheckpointStore
-from megatron_dapo.exit_codes import REQUEUE, USAGE_ERROR
+from megatron_dapo.exit_codes import FAILED, REQUEUE, USAGE_ERROR
 from megatron_dapo.obs.jsonl import read_metrics
 from megatron_dapo.rollout.server_process import free_port
 
@@ -101,6 +101,39 @@ def test_submit_sh_runs_a_job_on_a_cluster(config: Path, dashboard: str, tmp_pat
     assert job.returncode == 0, job.stdout + job.stderr
     assert "succeeded" in job.stdout
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def drive(folder: Path, **environment: str) -> subprocess.Popen[str]:
+    """The driver's script where no head answers."""
+    variables = {"HEAD_ADDRESS": "127.0.0.1", "RAY_PORT": str(free_port()), "LOGS": str(folder)} | environment
+    command = [LAUNCH / "ray_cluster.sh", "drive", "config.yaml"]
+    return subprocess.Popen(command, env=ENVIRONMENT | variables, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_driver_without_a_head_gives_up_and_says_where_it_looked(tmp_path: Path) -> None:
+    run = drive(tmp_path, NODE_WAIT_SECONDS="0", RAY_PORT="1")
+    assert "no Ray head answers at 127.0.0.1:1 after 0 s" in run.communicate(timeout=60)[1]
+    assert run.returncode == FAILED
+
+
+def test_a_driver_does_not_wait_for_a_head_that_has_ended(tmp_path: Path) -> None:
+    (tmp_path / "head_ended").touch()
+    run = drive(tmp_path)
+    assert "the Ray head has ended: see the first node's log" in run.communicate(timeout=60)[1]
+    assert run.returncode == FAILED
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_driver_that_is_preempted_before_the_nodes_came_asks_to_be_started_again(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    run = drive(tmp_path / "logs")
+    while not (tmp_path / "logs").exists():  # made just before it waits
+        time.sleep(0.02)
+    time.sleep(1)
+    run.send_signal(number)
+    run.communicate(timeout=60)
+    assert run.returncode == REQUEUE
 
 
 def test_submit_sh_wants_a_configuration() -> None:

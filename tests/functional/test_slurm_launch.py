@@ -35,6 +35,9 @@ if [[ $1 == node ]]; then
   while :; do sleep 0.05; done
 fi
 shift
+for name in $NODE_NAMES; do
+  until [[ -e $LOGS/up_$name ]]; do sleep 0.05; done
+done
 words="$*"
 case "${SLURM_RESTART_COUNT:-0} $words" in
   "0 "*until=handled*) trap 'echo saved; exit 75' USR1 TERM ;;
@@ -102,10 +105,12 @@ def submit(tmp_path: Path) -> Iterator[Submit]:
         return started[-1]
 
     yield start
-    for job in started:
-        processes = [psutil.Process(job.process.pid)] if job.process.poll() is None else []
-        for process in [*processes, *(child for each in processes for child in each.children(recursive=True))]:
-            process.kill()
+    for job in started:  # what a failed test left
+        job.process.kill()
+        job.process.wait()
+        for process in psutil.process_iter():
+            if _is_of(process, job.state):
+                process.kill()
 
 
 @pytest.fixture
@@ -177,7 +182,6 @@ def test_a_job_from_elsewhere_or_without_its_configuration_ends_at_once(submit: 
 
 def test_a_run_over_two_ray_nodes_is_preempted_requeued_and_goes_on(submit: Submit, tmp_path: Path) -> None:
     config, out, steps = make_workspace(tmp_path / "workspace", tied=True), tmp_path / "run", 24
-    before = set(psutil.pids())
     job = submit(
         ROOT,
         f"trainer.default_local_dir={out}",
@@ -202,13 +206,12 @@ def test_a_run_over_two_ray_nodes_is_preempted_requeued_and_goes_on(submit: Subm
     for start in (0, 1):
         logs = tmp_path / "logs" / str(os.getpid()) / f"start_{start}"
         assert {path.name for path in logs.iterdir()} >= {"127.0.0.2", "127.0.0.2.log", "127.0.0.3", "127.0.0.3.log"}
-    assert not list(Path("/tmp").glob(f"ray-{os.getpid()}.*"))
-    left = [p.name() for p in psutil.process_iter() if p.pid not in before and _is_rays(p)]
-    assert not left
+    assert not list(Path("/tmp").glob(f"ray-{os.getpid()}*"))
+    assert [process.name() for process in psutil.process_iter() if _is_of(process, job.state)] == []
 
 
-def _is_rays(process: psutil.Process) -> bool:
+def _is_of(process: psutil.Process, state: Path) -> bool:
     try:
-        return any("/ray/" in word or word.startswith("ray::") for word in process.cmdline())
-    except psutil.NoSuchProcess:
+        return process.environ().get("STANDIN_DIR") == str(state)
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
         return False
