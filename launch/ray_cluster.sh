@@ -99,22 +99,34 @@ refuse_ended_head() {
   fi
 }
 
-# Ports but the head's are the system's choice (0), so that two clusters on one host do not meet.
+# Start Ray and stay. On a busy machine Ray's agents may miss the 30 s that its raylet gives them: then once more.
 run_node() {
-  local resources=() code=0 ray
+  local tries=2 code started
+  ray=
+  stopping=
+  mkdir -p "$RAY_TMP"
+  trap : TERM
+  trap 'stopping=1; if [[ -n $ray ]]; then kill -s TERM "$ray" 2>/dev/null || true; fi' INT USR2
+  while [[ -z $stopping ]] && ((tries-- > 0)); do
+    started=$SECONDS code=0
+    start_ray "$@"
+    while kill -0 "$ray" 2>/dev/null; do wait "$ray" || true; done # a signal ends a wait
+    wait "$ray" || code=$?
+    if ((SECONDS - started > 120)); then break; fi # it had started
+  done
+  cp -rL "$RAY_TMP/session_latest/logs" "$LOGS/$NODE" 2>/dev/null || echo "$NODE: Ray left no logs in $RAY_TMP" >&2
+  rm -rf "$RAY_TMP"
+  return "${code:-0}"
+}
+
+# Ports but the head's are the system's choice (0), so that two clusters on one host do not meet.
+start_ray() {
+  local resources=()
   if [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then resources+=(--num-gpus="$SLURM_GPUS_ON_NODE"); fi
   if [[ -n ${SLURM_CPUS_ON_NODE:-} ]]; then resources+=(--num-cpus="$SLURM_CPUS_ON_NODE"); fi
-  mkdir -p "$RAY_TMP"
   ray start "$@" "${resources[@]}" --block --disable-usage-stats --node-name="$NODE" --temp-dir="$RAY_TMP" \
     --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0 &
   ray=$!
-  trap : TERM
-  trap 'kill -s TERM "$ray" 2>/dev/null || true' INT USR2
-  while kill -0 "$ray" 2>/dev/null; do wait "$ray" || true; done # a signal ends a wait
-  wait "$ray" || code=$?
-  cp -rL "$RAY_TMP/session_latest/logs" "$LOGS/$NODE" 2>/dev/null || echo "$NODE: Ray left no logs in $RAY_TMP" >&2
-  rm -rf "$RAY_TMP"
-  return "$code"
 }
 
 drive() {
