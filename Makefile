@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/set-up
 CONSTRAINTS := constraints/cpu.txt
 TEST_PARTS := lint types unit functional
+SHELL_SCRIPTS := $(wildcard launch/*.sh launch/*.slurm tools/*.sh examples/*/run.sh)
 
 # Engines whose own servers are tested, each in an environment of its own: their pins conflict.
 ENGINES := sglang vllm
@@ -18,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test test-all test-engines $(ENGINES:%=test-%) bench $(TEST_PARTS) format lock clean
+.PHONY: help setup train test test-all test-engines $(ENGINES:%=test-%) bench image $(TEST_PARTS) format lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,9 +48,11 @@ test: setup ## lint, types, unit and functional tests, and the seconds that each
 	printf "\n$$table"; \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
-lint: setup ## ruff: rules and format
+lint: setup ## ruff: rules and format; shellcheck; hadolint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck $(SHELL_SCRIPTS)
+	$(BIN)/hadolint Dockerfile
 
 types: setup ## pyright
 	$(BIN)/pyright
@@ -76,6 +79,9 @@ $(ENGINE_STAMPS): .venv-%/set-up: setup.py constraints/%-cpu.txt
 	.venv-$*/bin/python -m pip install --no-deps --requirement constraints/$*-cpu.txt
 	flock setup.py .venv-$*/bin/python -m pip install --no-deps --no-build-isolation --editable .
 	@touch $@
+
+image: ## the GPU image, megatron_dapo, of the versions in constraints/gpu.env; needs docker, takes hours
+	docker build $(addprefix --build-arg ,$(shell grep -E '^[A-Z_]+=' constraints/gpu.env)) --tag megatron_dapo .
 
 bench: setup ## every program in benchmarks/; the numbers also as JSON in runs/benchmarks
 	@mkdir -p runs/benchmarks

