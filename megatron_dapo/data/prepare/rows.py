@@ -229,7 +229,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, list[dict[str, Any]]]]:
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(path, pre_buffer=False)  # else what was read of the file stays in memory
     except pa.ArrowInvalid as error:
         raise UnreadableFileError(f"{path} cannot be read as parquet ({error}); make it again") from error
 
