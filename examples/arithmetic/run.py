@@ -12,9 +12,8 @@ import time
 from pathlib import Path
 
 import torch
-from base_model import WARMUP_STEPS as STEPS
-from base_model import build_model, build_tokenizer, greedy_accuracy, save, warm_up
-from problems import Problem, Split, split
+from base_model import WARM_UP, build_model, build_tokenizer, greedy_accuracy, save, warm_up
+from problems import Split, split, write_rows
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -35,7 +34,7 @@ def main() -> int:
     problems = split(arguments.seed)
     base = out / "base"
     for name, rows in (("train", problems.train), ("test", problems.test)):
-        _write_rows(out / f"{name}.jsonl", rows)
+        write_rows(out / f"{name}.jsonl", rows)
     _build_base(base, problems, arguments.seed, console)
     before = greedy_accuracy(base, problems.test)
     console.print(f"base model: {before:.1%} of {len(problems.test)} held-out problems right (greedy)")
@@ -85,11 +84,6 @@ def _command(arguments: argparse.Namespace, base: Path) -> list[str]:
     ]
 
 
-def _write_rows(path: Path, problems: tuple[Problem, ...]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(problem.row(index)) + "\n" for index, problem in enumerate(problems)))
-
-
 def _build_base(path: Path, problems: Split, seed: int, console: Console) -> None:
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, seed)
@@ -101,7 +95,7 @@ def _build_base(path: Path, problems: Split, seed: int, console: Console) -> Non
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=STEPS, loss=0.0)
+        task = progress.add_task("", total=WARM_UP.steps, loss=0.0)
         warm_up(model, tokenizer, problems, seed, lambda step, loss: progress.update(task, completed=step, loss=loss))
     save(model, tokenizer, path)
 

@@ -1,0 +1,213 @@
+"""The three settings of DAPO on the small arithmetic example over eight seeds: docs/study_arithmetic.md.
+
+    nice python tools/study_arithmetic.py runs/study --results docs/study_arithmetic.jsonl   # runs what is missing
+    python tools/study_arithmetic.py --table --results docs/study_arithmetic.jsonl           # the page's tables
+
+One process at a time. A finished run is one line of the results; started again, it goes on behind the last one. What
+is run and measured was declared before the first run and is not an option.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples" / "arithmetic"))
+
+from small import SETTINGS, words, write_inputs  # noqa: E402
+
+from megatron_dapo.obs.jsonl import read_metrics  # noqa: E402
+from megatron_dapo.obs.summary import versions  # noqa: E402
+
+SEEDS = (11, 12, 13, 14, 15, 16, 17, 18)
+STEPS, EVALUATE_EVERY = 40, 2
+OVERRIDES = (
+    f"trainer.total_training_steps={STEPS}",
+    f"trainer.test_freq={EVALUATE_EVERY}",
+    "trainer.log_samples=0",
+    "actor_rollout_ref.actor.optim.lr=5e-5",
+)
+THRESHOLDS = (0.6, 0.9)  # greedy accuracy; the second one is the study's question
+ACCURACY = "val/arithmetic/avg@1"
+T_95 = 2.365  # Student's t for eight pairs: 7 degrees of freedom, 95 %, two-sided
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One finished run. Lists are over its evaluations, from the one before training on."""
+
+    setting: str
+    seed: int
+    steps: list[int]
+    accuracy: list[float]  # greedy, of 512 held-out problems
+    responses: list[int]  # written for training until then, those of dropped groups too
+    entropy: float  # nats a token in the last step
+    cpu_seconds: float
+    commit: str
+    versions: dict[str, str | None]
+
+    def first_at(self, threshold: float) -> int | None:
+        """The place of the first evaluation at or above it; None: there is none."""
+        return next((place for place, value in enumerate(self.accuracy) if value >= threshold), None)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of a run, with a name for the table."""
+
+    name: str
+    of: Callable[[Outcome], float]
+
+
+def _steps_to(threshold: float) -> Callable[[Outcome], float]:
+    """Never reached counts as one evaluation after the last: too small, so the page names such runs."""
+
+    def measure(outcome: Outcome) -> float:
+        place = outcome.first_at(threshold)
+        return STEPS + EVALUATE_EVERY if place is None else outcome.steps[place]
+
+    return measure
+
+
+def _responses_to(threshold: float) -> Callable[[Outcome], float]:
+    def measure(outcome: Outcome) -> float:
+        place = outcome.first_at(threshold)
+        return outcome.responses[-1 if place is None else place]
+
+    return measure
+
+
+MEASURES = (
+    *(Measure(f"steps to {threshold:.0%}", _steps_to(threshold)) for threshold in THRESHOLDS),
+    Measure(f"responses written to {THRESHOLDS[-1]:.0%}", _responses_to(THRESHOLDS[-1])),
+    Measure("mean accuracy over the run, %", lambda outcome: 100 * statistics.mean(outcome.accuracy)),
+    Measure("accuracy at the end, %", lambda outcome: 100 * outcome.accuracy[-1]),
+)
+
+
+def run_study(folder: Path, results: Path) -> None:
+    """Every run that `results` has no line of, seed by seed, the three settings of a seed one after another."""
+    done = {(outcome.setting, outcome.seed) for outcome in read_outcomes(results)}
+    for seed in SEEDS:
+        for setting in SETTINGS:
+            if (setting, seed) in done:
+                continue
+            inputs = folder / f"inputs-{seed}"
+            if not (inputs / "base" / "model.safetensors").exists():
+                write_inputs(inputs, seed)
+            outcome = _run(inputs, folder / f"{setting}-{seed}", setting, seed)
+            with results.open("a") as file:
+                file.write(json.dumps(asdict(outcome)) + "\n")
+            print(f"{time.strftime('%H:%M:%S')} {setting} {seed}: {outcome.accuracy[-1]:.1%}", flush=True)
+
+
+def _run(inputs: Path, out: Path, setting: str, seed: int) -> Outcome:
+    before = os.times()
+    command = [sys.executable, "-m", "megatron_dapo", "train", *words(inputs, out, setting, seed), *OVERRIDES]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    after = os.times()
+    records = read_metrics(out / "metrics.jsonl")
+    evaluated = [(place, record) for place, record in enumerate(records) if ACCURACY in record]
+    return Outcome(
+        setting=setting,
+        seed=seed,
+        steps=[int(record["step"]) for _, record in evaluated],
+        accuracy=[record[ACCURACY] for _, record in evaluated],
+        responses=[
+            int(sum(each.get("sampling/samples_scored", 0) for each in records[: place + 1])) for place, _ in evaluated
+        ],
+        entropy=records[-1]["actor/entropy"],
+        cpu_seconds=after.children_user - before.children_user + after.children_system - before.children_system,
+        commit=_commit(),
+        versions=versions(),
+    )
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def read_outcomes(path: Path) -> list[Outcome]:
+    """All lines, in order; none where there is no file."""
+    return [Outcome(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def tables(outcomes: Sequence[Outcome]) -> str:
+    """Markdown: every run; then each measure's means, and the settings' differences with 95 % intervals."""
+    return f"{_every_run(outcomes)}\n\n{_means(outcomes)}\n\n{_differences(outcomes)}"
+
+
+def _every_run(outcomes: Sequence[Outcome]) -> str:
+    rows = [
+        [str(seed), setting, *(_shown(measure.of(outcome)) for measure in MEASURES)]
+        for seed in SEEDS
+        for setting in SETTINGS
+        for outcome in outcomes
+        if (outcome.seed, outcome.setting) == (seed, setting)
+    ]
+    return _table(["seed", "setting", *(measure.name for measure in MEASURES)], rows)
+
+
+def _means(outcomes: Sequence[Outcome]) -> str:
+    rows = []
+    for setting in SETTINGS:
+        of_setting = [outcome for outcome in outcomes if outcome.setting == setting]
+        values = [[measure.of(outcome) for outcome in of_setting] for measure in MEASURES]
+        rows.append([setting, str(len(of_setting)), *(_interval(each) for each in values)])
+    return _table(["setting", "runs", *(measure.name for measure in MEASURES)], rows)
+
+
+def _differences(outcomes: Sequence[Outcome]) -> str:
+    """Over pairs of runs with one seed, and so with one base model and one order of prompts."""
+    found = {(outcome.setting, outcome.seed): outcome for outcome in outcomes}
+    names = list(SETTINGS)
+    rows = []
+    for one, other in ((names[0], names[1]), (names[1], names[2]), (names[0], names[2])):
+        pairs = [(found[one, s], found[other, s]) for s in SEEDS if (one, s) in found and (other, s) in found]
+        values = [[measure.of(a) - measure.of(b) for a, b in pairs] for measure in MEASURES]
+        rows.append([f"{one} less {other}", str(len(pairs)), *(_interval(each) for each in values)])
+    return _table(["difference", "pairs", *(measure.name for measure in MEASURES)], rows)
+
+
+def _interval(values: Sequence[float]) -> str:
+    """Mean and 95 % interval by Student's t, where all eight are there."""
+    if len(values) != len(SEEDS):
+        return f"{_shown(statistics.mean(values))} (no interval)" if values else "no run"
+    half = T_95 * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{_shown(statistics.mean(values))} ± {_shown(half)}"
+
+
+def _shown(value: float) -> str:
+    return f"{value:.0f}" if value == round(value) or abs(value) >= 1000 else f"{value:.1f}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs/study"), help="for inputs and runs")
+    parser.add_argument("--results", type=Path, required=True, metavar="FILE", help="one line a finished run")
+    parser.add_argument("--table", action="store_true", help="run nothing, print the tables")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(tables(read_outcomes(arguments.results)))
+    else:
+        run_study(arguments.folder, arguments.results)
+
+
+if __name__ == "__main__":
+    main()
