@@ -1,7 +1,8 @@
 """The three settings of DAPO on the small arithmetic example over eight seeds: docs/study_arithmetic.md.
 
-    nice python tools/study_arithmetic.py runs/study --results docs/study_arithmetic.jsonl   # runs what is missing
-    python tools/study_arithmetic.py --table --results docs/study_arithmetic.jsonl           # the page's tables
+    nice python tools/study_arithmetic.py            # the study: runs what docs/study_arithmetic.jsonl has no line of
+    nice python tools/study_arithmetic.py --longer   # its follow-up: docs/study_arithmetic_longer.jsonl
+    python tools/study_arithmetic.py --tables        # the page's tables of what is there
 
 One process at a time. A finished run is one line of the results; started again, it goes on behind the last one. What
 is run and measured was declared before the first run and is not an option.
@@ -29,17 +30,26 @@ from small import SETTINGS, words, write_inputs  # noqa: E402
 from megatron_dapo.obs.jsonl import read_metrics  # noqa: E402
 from megatron_dapo.obs.summary import versions  # noqa: E402
 
-SEEDS = (11, 12, 13, 14, 15, 16, 17, 18)
-STEPS, EVALUATE_EVERY = 40, 2
+EVALUATE_EVERY = 2
 OVERRIDES = (
-    f"trainer.total_training_steps={STEPS}",
     f"trainer.test_freq={EVALUATE_EVERY}",
     "trainer.log_samples=0",
     "actor_rollout_ref.actor.optim.lr=5e-5",
 )
 THRESHOLDS = (0.6, 0.9)  # greedy accuracy; the second one is the study's question
 ACCURACY = "val/arithmetic/avg@1"
-T_95 = 2.365  # Student's t for eight pairs: 7 degrees of freedom, 95 %, two-sided
+T_95 = 2.365  # Student's t for eight values: 7 degrees of freedom, 95 %, two-sided
+
+
+@dataclass(frozen=True)
+class Study:
+    seeds: tuple[int, ...]
+    steps: int
+    results: Path
+
+
+FIRST = Study((11, 12, 13, 14, 15, 16, 17, 18), 40, ROOT / "docs" / "study_arithmetic.jsonl")
+LONGER = Study((14, 15, 16, 18), 100, ROOT / "docs" / "study_arithmetic_longer.jsonl")  # none got to 90 % in 40 steps
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,7 @@ def _steps_to(threshold: float) -> Callable[[Outcome], float]:
 
     def measure(outcome: Outcome) -> float:
         place = outcome.first_at(threshold)
-        return STEPS + EVALUATE_EVERY if place is None else outcome.steps[place]
+        return outcome.steps[-1] + EVALUATE_EVERY if place is None else outcome.steps[place]
 
     return measure
 
@@ -87,33 +97,38 @@ def _responses_to(threshold: float) -> Callable[[Outcome], float]:
     return measure
 
 
-MEASURES = (
-    *(Measure(f"steps to {threshold:.0%}", _steps_to(threshold)) for threshold in THRESHOLDS),
+TO_THE_LAST = (
+    Measure(f"steps to {THRESHOLDS[-1]:.0%}", _steps_to(THRESHOLDS[-1])),
     Measure(f"responses written to {THRESHOLDS[-1]:.0%}", _responses_to(THRESHOLDS[-1])),
+)
+MEASURES = (
+    Measure(f"steps to {THRESHOLDS[0]:.0%}", _steps_to(THRESHOLDS[0])),
+    *TO_THE_LAST,
     Measure("mean accuracy over the run, %", lambda outcome: 100 * statistics.mean(outcome.accuracy)),
     Measure("accuracy at the end, %", lambda outcome: 100 * outcome.accuracy[-1]),
 )
 
 
-def run_study(folder: Path, results: Path) -> None:
-    """Every run that `results` has no line of, seed by seed, the three settings of a seed one after another."""
-    done = {(outcome.setting, outcome.seed) for outcome in read_outcomes(results)}
-    for seed in SEEDS:
+def run_study(study: Study, folder: Path) -> None:
+    """Every run that the results have no line of, seed by seed, the three settings of a seed one after another."""
+    done = {(outcome.setting, outcome.seed) for outcome in read_outcomes(study.results)}
+    for seed in study.seeds:
         for setting in SETTINGS:
             if (setting, seed) in done:
                 continue
             inputs = folder / f"inputs-{seed}"
             if not (inputs / "base" / "model.safetensors").exists():
                 write_inputs(inputs, seed)
-            outcome = _run(inputs, folder / f"{setting}-{seed}", setting, seed)
-            with results.open("a") as file:
+            outcome = _run(inputs, folder / f"{setting}-{seed}-{study.steps}", setting, seed, study.steps)
+            with study.results.open("a") as file:
                 file.write(json.dumps(asdict(outcome)) + "\n")
             print(f"{time.strftime('%H:%M:%S')} {setting} {seed}: {outcome.accuracy[-1]:.1%}", flush=True)
 
 
-def _run(inputs: Path, out: Path, setting: str, seed: int) -> Outcome:
+def _run(inputs: Path, out: Path, setting: str, seed: int, steps: int) -> Outcome:
     before = os.times()
     command = [sys.executable, "-m", "megatron_dapo", "train", *words(inputs, out, setting, seed), *OVERRIDES]
+    command.append(f"trainer.total_training_steps={steps}")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
     after = os.times()
@@ -144,46 +159,53 @@ def read_outcomes(path: Path) -> list[Outcome]:
     return [Outcome(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def tables(outcomes: Sequence[Outcome]) -> str:
-    """Markdown: every run; then each measure's means, and the settings' differences with 95 % intervals."""
-    return f"{_every_run(outcomes)}\n\n{_means(outcomes)}\n\n{_differences(outcomes)}"
+def tables(first: Sequence[Outcome], longer: Sequence[Outcome]) -> str:
+    """Markdown: every run; each measure's means, and the settings' differences; then the same with the longer runs."""
+    replaced = {(outcome.setting, outcome.seed) for outcome in longer}
+    merged = [outcome for outcome in first if (outcome.setting, outcome.seed) not in replaced] + list(longer)
+    parts = [_every_run(first, MEASURES), _means(first, MEASURES), _differences(first, MEASURES)]
+    if longer:
+        parts += [_every_run(longer, TO_THE_LAST), _means(merged, TO_THE_LAST), _differences(merged, TO_THE_LAST)]
+    return "\n\n".join(parts)
 
 
-def _every_run(outcomes: Sequence[Outcome]) -> str:
+def _every_run(outcomes: Sequence[Outcome], measures: Sequence[Measure]) -> str:
+    order = list(SETTINGS)
     rows = [
-        [str(seed), setting, *(_shown(measure.of(outcome)) for measure in MEASURES)]
-        for seed in SEEDS
-        for setting in SETTINGS
-        for outcome in outcomes
-        if (outcome.seed, outcome.setting) == (seed, setting)
+        [str(outcome.seed), outcome.setting, *(_shown(measure.of(outcome)) for measure in measures)]
+        for outcome in sorted(outcomes, key=lambda outcome: (outcome.seed, order.index(outcome.setting)))
     ]
-    return _table(["seed", "setting", *(measure.name for measure in MEASURES)], rows)
+    return _table(["seed", "setting", *(measure.name for measure in measures)], rows)
 
 
-def _means(outcomes: Sequence[Outcome]) -> str:
+def _means(outcomes: Sequence[Outcome], measures: Sequence[Measure]) -> str:
     rows = []
     for setting in SETTINGS:
         of_setting = [outcome for outcome in outcomes if outcome.setting == setting]
-        values = [[measure.of(outcome) for outcome in of_setting] for measure in MEASURES]
+        values = [[measure.of(outcome) for outcome in of_setting] for measure in measures]
         rows.append([setting, str(len(of_setting)), *(_interval(each) for each in values)])
-    return _table(["setting", "runs", *(measure.name for measure in MEASURES)], rows)
+    return _table(["setting", "runs", *(measure.name for measure in measures)], rows)
 
 
-def _differences(outcomes: Sequence[Outcome]) -> str:
+def _differences(outcomes: Sequence[Outcome], measures: Sequence[Measure]) -> str:
     """Over pairs of runs with one seed, and so with one base model and one order of prompts."""
     found = {(outcome.setting, outcome.seed): outcome for outcome in outcomes}
-    names = list(SETTINGS)
+    full, without, early = SETTINGS
     rows = []
-    for one, other in ((names[0], names[1]), (names[1], names[2]), (names[0], names[2])):
-        pairs = [(found[one, s], found[other, s]) for s in SEEDS if (one, s) in found and (other, s) in found]
-        values = [[measure.of(a) - measure.of(b) for a, b in pairs] for measure in MEASURES]
+    for one, other in ((full, without), (without, early), (full, early)):
+        pairs = [
+            (found[one, seed], found[other, seed])
+            for seed in FIRST.seeds
+            if (one, seed) in found and (other, seed) in found
+        ]
+        values = [[measure.of(a) - measure.of(b) for a, b in pairs] for measure in measures]
         rows.append([f"{one} less {other}", str(len(pairs)), *(_interval(each) for each in values)])
-    return _table(["difference", "pairs", *(measure.name for measure in MEASURES)], rows)
+    return _table(["difference", "pairs", *(measure.name for measure in measures)], rows)
 
 
 def _interval(values: Sequence[float]) -> str:
     """Mean and 95 % interval by Student's t, where all eight are there."""
-    if len(values) != len(SEEDS):
+    if len(values) != len(FIRST.seeds):
         return f"{_shown(statistics.mean(values))} (no interval)" if values else "no run"
     half = T_95 * statistics.stdev(values) / math.sqrt(len(values))
     return f"{_shown(statistics.mean(values))} ± {_shown(half)}"
@@ -199,14 +221,14 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs/study"), help="for inputs and runs")
-    parser.add_argument("--results", type=Path, required=True, metavar="FILE", help="one line a finished run")
-    parser.add_argument("--table", action="store_true", help="run nothing, print the tables")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "study", help="for base models and runs")
+    parser.add_argument("--longer", action="store_true", help="run the follow-up, not the study")
+    parser.add_argument("--tables", action="store_true", help="run nothing, print the tables")
     arguments = parser.parse_args()
-    if arguments.table:
-        print(tables(read_outcomes(arguments.results)))
+    if arguments.tables:
+        print(tables(read_outcomes(FIRST.results), read_outcomes(LONGER.results)))
     else:
-        run_study(arguments.folder, arguments.results)
+        run_study(LONGER if arguments.longer else FIRST, arguments.folder)
 
 
 if __name__ == "__main__":
