@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "arithmetic"))
 
-from small import SETTINGS, words, write_inputs  # noqa: E402
+from small import SETTINGS, words, write_base, write_problems  # noqa: E402
 
 from megatron_dapo.obs.jsonl import read_metrics  # noqa: E402
 from megatron_dapo.obs.summary import versions  # noqa: E402
@@ -118,7 +118,7 @@ def run_study(study: Study, folder: Path) -> None:
                 continue
             inputs = folder / f"inputs-{seed}"
             if not (inputs / "base" / "model.safetensors").exists():
-                write_inputs(inputs, seed)
+                write_base(inputs / "base", write_problems(inputs, seed), seed)
             outcome = _run(inputs, folder / f"{setting}-{seed}-{study.steps}", setting, seed, study.steps)
             with study.results.open("a") as file:
                 file.write(json.dumps(asdict(outcome)) + "\n")
@@ -127,7 +127,14 @@ def run_study(study: Study, folder: Path) -> None:
 
 def _run(inputs: Path, out: Path, setting: str, seed: int, steps: int) -> Outcome:
     before = os.times()
-    command = [sys.executable, "-m", "megatron_dapo", "train", *words(inputs, out, setting, seed), *OVERRIDES]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_dapo",
+        "train",
+        *words(inputs / "base", inputs, out, setting, seed),
+        *OVERRIDES,
+    ]
     command.append(f"trainer.total_training_steps={steps}")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
