@@ -21,16 +21,18 @@ WITHIN, OUTSIDE, USAGE_ERROR = 0, 1, 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare as the arguments say; 0: within, 1: outside, 2: there is nothing to compare."""
     arguments = _parser().parse_args(argv)
-    reference = REFERENCES[arguments.reference]
-    picture = arguments.picture or _beside(arguments.run) / f"compare_{arguments.reference}.png"
+    name = arguments.reference or _named_by(arguments.run)
+    if name not in REFERENCES:
+        return _complain(f"the run's folder names no reference ({name}): choose with --reference NAME, see --help")
+    reference = REFERENCES[name]
+    picture = arguments.picture or _folder(arguments.run) / f"compare_{name}.png"
     try:
         run = read_run(arguments.run, arguments.source)
         comparison = compare(run.series, reference, complete=arguments.complete)
     except RunError as error:
-        print(f"compare_curve: {error}", file=sys.stderr)
-        return USAGE_ERROR
+        return _complain(str(error))
     console = Console()
-    title = f"{arguments.run} against {arguments.reference}"
+    title = f"{arguments.run} against {name}"
     _report(console, title, reference, comparison, run.evaluated)
     draw_comparison(picture, title, run.series, reference, comparison)
     console.print(f"picture: {picture}", markup=False, highlight=False, soft_wrap=True)
@@ -45,15 +47,27 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or its metrics.jsonl")
-    parser.add_argument("--reference", required=True, choices=REFERENCES, metavar="NAME", help="see below")
+    parser.add_argument(
+        "--reference", choices=REFERENCES, metavar="NAME", help="see below; absent: the recipe's that names the folder"
+    )
     parser.add_argument("--source", metavar="NAME", help="the data source that is AIME 2024, where there are several")
     parser.add_argument("--complete", action="store_true", help="a run that is not over counts as outside")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="compare_NAME.png beside the metrics if absent")
     return parser
 
 
-def _beside(run: Path) -> Path:
+def _folder(run: Path) -> Path:
     return run if run.is_dir() else run.parent
+
+
+def _named_by(run: Path) -> str:
+    """`dapo_qwen2.5_32b` for .../DAPO-Qwen2.5-32B, as the recipes call their runs' folders."""
+    return _folder(run).resolve().name.lower().replace("-", "_")
+
+
+def _complain(message: str) -> int:
+    print(f"compare_curve: {message}", file=sys.stderr)
+    return USAGE_ERROR
 
 
 def _report(console: Console, title: str, reference: Reference, comparison: Comparison, evaluated: str) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small import SETTINGS
 
 from megatron_dapo.config.load import load_config
 from megatron_dapo.data.minibatch import MiniBatch, build_update, mini_batches
@@ -23,7 +22,7 @@ from megatron_dapo.regression.golden import differences, read_golden, series_of
 from megatron_dapo.training_step import StepRules
 from megatron_dapo.types import Completion, Group, Prompt, RewardResult, Sample
 from tests.functional import forked_run
-from tools.write_golden import BASE, COUNTEREXAMPLES, FOLDER, RUNS, golden_words
+from tools.write_golden import BASE, COUNTEREXAMPLES, FOLDER, RUNS, SETTINGS, golden_words
 
 STEPS = 30
 FULL, WITHOUT_DYNAMIC_SAMPLING, EARLY = SETTINGS

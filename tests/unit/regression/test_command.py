@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from megatron_dapo.regression.command import main
-from megatron_dapo.regression.references import REFERENCES
+from megatron_dapo.regression.references import AIME, REFERENCES
+from megatron_dapo.regression.series import Series
 from tests.unit.regression.curves import ablation, dapo, stalled, write_run
 
 GREEN, RED = np.array([44, 160, 44]), np.array([214, 39, 40])  # a run within, a run outside
@@ -17,7 +18,8 @@ GREEN, RED = np.array([44, 160, 44]), np.array([214, 39, 40])  # a run within, a
 
 def colours_of(png: Path) -> tuple[bool, bool]:
     picture = np.rint(matplotlib.image.imread(png)[..., :3] * 255)
-    return tuple(bool((np.abs(picture - colour).sum(-1) < 8).any()) for colour in (GREEN, RED))
+    green, red = (bool((np.abs(picture - colour).sum(-1) < 8).any()) for colour in (GREEN, RED))
+    return green, red
 
 
 def test_the_papers_run_is_within(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,6 +44,22 @@ def test_a_figure_alone_is_compared_and_drawn(tmp_path: Path, capsys: pytest.Cap
     assert main([str(tmp_path), "--reference", "dapo_early_qwen2.5_32b"]) == 0
     assert "published 44%" in capsys.readouterr().out
     assert colours_of(tmp_path / "compare_dapo_early_qwen2.5_32b.png") == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("folder", "code"),
+    [("DAPO-Early-Qwen2.5-32B", 0), ("DAPO-wo-DS-Qwen2.5-32B", 1), ("my-run", 2)],
+)
+def test_without_a_name_the_folder_says_which_recipes_reference_it_is(
+    tmp_path: Path, folder: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / folder
+    out.mkdir()
+    at_44 = {AIME: Series(dapo()[AIME].updates, np.minimum(dapo()[AIME].values, 0.44))}
+    write_run(out / "metrics.jsonl", at_44)
+    assert main([str(out)]) == code
+    if code == 2:
+        assert "names no reference (my_run)" in capsys.readouterr().err
 
 
 def test_nothing_to_compare_ends_with_2_and_says_what_is_wanted(
