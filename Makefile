@@ -86,9 +86,10 @@ bench: setup ## every program in benchmarks/; the numbers also as JSON in runs/b
 golden: setup ## the golden runs' numbers anew, from a clean checkout: look at what changed, and say why
 	$(BIN)/python tools/write_golden.py
 
-regression: setup ## a finished run against its recipe's reference: RUN=folder, or REFERENCE=name, and SOURCE=name
+# In the environment that the run had, where .venv is not it: a cluster has its own.
+regression: ## a finished run against its recipe's reference: RUN=folder, or REFERENCE=name, and SOURCE=name
 	@test -n "$(RUN)" || { echo "say which: make regression RUN=ckpts/DAPO/DAPO-Qwen2.5-32B"; exit 2; }
-	$(BIN)/python tools/compare_curve.py "$(RUN)" --complete \
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/compare_curve.py "$(RUN)" --complete \
 	  $(if $(REFERENCE),--reference "$(REFERENCE)") $(if $(SOURCE),--source "$(SOURCE)")
 
 format: setup ## ruff: format, and mend what it can

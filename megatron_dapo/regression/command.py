@@ -47,9 +47,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or its metrics.jsonl")
-    parser.add_argument(
-        "--reference", choices=REFERENCES, metavar="NAME", help="see below; absent: the recipe's that names the folder"
-    )
+    called = "see below; if absent, the one that the run's folder is called after"
+    parser.add_argument("--reference", choices=REFERENCES, metavar="NAME", help=called)
     parser.add_argument("--source", metavar="NAME", help="the data source that is AIME 2024, where there are several")
     parser.add_argument("--complete", action="store_true", help="a run that is not over counts as outside")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="compare_NAME.png beside the metrics if absent")
