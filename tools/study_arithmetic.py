@@ -219,7 +219,7 @@ def _interval(values: Sequence[float]) -> str:
 
 
 def _shown(value: float) -> str:
-    return f"{value:.0f}" if value == round(value) or abs(value) >= 1000 else f"{value:.1f}"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.1f}".removesuffix(".0")
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
