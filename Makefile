@@ -19,7 +19,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test test-all test-engines $(ENGINES:%=test-%) bench image $(TEST_PARTS) format lock clean
+.PHONY: help setup train test test-all test-engines $(ENGINES:%=test-%) bench golden regression image $(TEST_PARTS) \
+  format lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -88,6 +89,15 @@ bench: setup ## every program in benchmarks/; the numbers also as JSON in runs/b
 	@set -e; for program in benchmarks/*.py; do \
 	  $(BIN)/python $$program --json runs/benchmarks/$$(basename $$program .py).json; \
 	done
+
+golden: setup ## the golden runs' numbers anew, from a clean checkout: look at what changed, and say why
+	$(BIN)/python tools/write_golden.py
+
+# In the environment that the run had, where .venv is not it: a cluster has its own.
+regression: ## a finished run against its recipe's reference: RUN=folder, or REFERENCE=name, and SOURCE=name
+	@test -n "$(RUN)" || { echo "say which: make regression RUN=ckpts/DAPO/DAPO-Qwen2.5-32B"; exit 2; }
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/compare_curve.py "$(RUN)" --complete \
+	  $(if $(REFERENCE),--reference "$(REFERENCE)") $(if $(SOURCE),--source "$(SOURCE)")
 
 format: setup ## ruff: format, and mend what it can
 	$(BIN)/ruff check --fix .

@@ -5,7 +5,6 @@ python arithmetic_inputs.py FOLDER: `base/` (a Hugging Face checkpoint), `train.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -18,13 +17,12 @@ SEED = 1
 def main(folder: Path) -> None:
     sys.path.insert(0, str(EXAMPLE))
     from base_model import build_model, build_tokenizer, save, warm_up
-    from problems import split
+    from problems import split, write_rows
 
     torch.manual_seed(0)
     problems = split(SEED)
     for name, chosen in (("train", problems.train), ("test", problems.test)):
-        rows = [json.dumps(problem.row(index)) for index, problem in enumerate(chosen)]
-        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+        write_rows(folder / f"{name}.jsonl", chosen)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, SEED)
     warm_up(model, tokenizer, problems, SEED, lambda step, loss: None)

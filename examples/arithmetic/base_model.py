@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,24 @@ BYTE_LEVEL = {" ": "Ġ", "\n": "Ċ"}  # how Qwen2's tokenizer writes these bytes
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
 MAX_RESPONSE = 32  # tokens, as in config.yaml
 
-WARMUP_STEPS, BATCH, PEAK_LR = 300, 128, 2e-3
+
+@dataclass(frozen=True)
+class Size:
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    steps: int
+    batch: int  # demonstrations a step
+    peak_lr: float
+
+
+SIZE = Size(hidden=128, intermediate=512, layers=4, heads=4)
+WARM_UP = WarmUp(steps=300, batch=128, peak_lr=2e-3)
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
@@ -49,17 +67,17 @@ def build_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen2ForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerBase, seed: int, size: Size = SIZE) -> Qwen2ForCausalLM:
     """Random weights. Heads and vocabulary can be split over 2 or 4 ranks."""
     torch.manual_seed(seed)
     return Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=-(-len(tokenizer) // 4) * 4,
-            hidden_size=128,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
+            hidden_size=size.hidden,
+            intermediate_size=size.intermediate,
+            num_hidden_layers=size.layers,
+            num_attention_heads=size.heads,
+            num_key_value_heads=size.heads,
             max_position_embeddings=128,
             initializer_range=0.05,
             tie_word_embeddings=True,
@@ -76,17 +94,17 @@ def warm_up(
     problems: Split,
     seed: int,
     report: Callable[[int, float], None],
-    steps: int = WARMUP_STEPS,
+    how: WarmUp = WARM_UP,
 ) -> None:
     """Imitate demonstrations; `report` is told each step and its loss."""
     rng = random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=how.peak_lr, betas=(0.9, 0.99), weight_decay=0.01)
     model.train()
-    for step in range(1, steps + 1):
-        batch = rng.choices(problems.warmup, k=BATCH)
+    for step in range(1, how.steps + 1):
+        batch = rng.choices(problems.warmup, k=how.batch)
         loss = _imitation_loss(model, tokenizer, batch, [problem.demonstration(rng) for problem in batch])
         for group in optimizer.param_groups:
-            group["lr"] = PEAK_LR * min(step / 20, 1.0, 1.05 - step / steps)
+            group["lr"] = how.peak_lr * min(step / 20, 1.0, 1.05 - step / how.steps)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -7,8 +7,11 @@ starts out careful on a third of the problems; reinforcement learning has to fin
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 TEST, TRAIN = 512, 2000  # problems; the rest, some 5,600, are for the warm-up
@@ -74,3 +77,9 @@ def split(seed: int) -> Split:
     test, others = problems[:TEST], problems[TEST:]
     random.Random(seed).shuffle(others)
     return Split(tuple(test), tuple(others[:TRAIN]), tuple(others[TRAIN:]))
+
+
+def write_rows(path: Path, problems: Iterable[Problem]) -> None:
+    """A data file of them, in the recipe's schema."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(problem.row(index)) + "\n" for index, problem in enumerate(problems)))

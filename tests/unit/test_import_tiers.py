@@ -23,7 +23,7 @@ TIERS = (
     ("types", "config", "exit_codes", "digests", "progress"),
     ("algo", "manifest"),
     ("data", "rewards", "obs"),
-    ("mcore", "rollout", "runtime"),
+    ("mcore", "regression", "rollout", "runtime"),
     ("workers",),
     ("sync",),
     ("verification",),
