@@ -6,6 +6,7 @@ alone: a rank of 128 takes about a second. Nothing may be computed with what is 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,6 +72,7 @@ def stage_rank(config: MegatronConfig, world_size: int, stage: int) -> int:
 def _fake_ranks(config: MegatronConfig, world_size: int, rank: int) -> Iterator[None]:
     """Process groups as rank `rank` sees them; a collective of theirs returns at once and moves nothing."""
     check_divides(config, world_size)
+    hook = sys.excepthook  # a process group puts its own in front, which names a rank that there is not
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         parallel_state.initialize_model_parallel(
@@ -84,6 +86,7 @@ def _fake_ranks(config: MegatronConfig, world_size: int, rank: int) -> Iterator[
         yield
     finally:
         shutdown()
+        sys.excepthook = hook
 
 
 class _OnMeta(TorchFunctionMode):
