@@ -1,7 +1,7 @@
 """What autograd keeps of a micro-batch until its backward pass, in closed form, and how much more a pass needs at once.
 
 Two kinds of layers (`mcore/model.py`): `torch`, those of a CPU, held against saved-tensor hooks in
-`tests/functional/test_plan_memory.py` (without the masks of context parallelism); and `te`, Transformer Engine's with its flash attention and the fused SwiGLU,
+`tests/functional/test_plan_memory.py`; and `te`, Transformer Engine's with its flash attention and the fused SwiGLU,
 written down from what each of its modules saves and not yet held against a GPU.
 
 Symbols as in Korthikanti et al. (arXiv 2205.05198), for grouped-query attention and SwiGLU: `t` tokens on this
@@ -79,18 +79,20 @@ class LayerSizes:
         wide = 2 * _F32 if self.kernels == "torch" else self.item
         return (self.q + self.kv) * wide + (self.heads + self.kv_heads) * _F32
 
-    def core(self, sequences: int) -> float:
+    def core(self, size: MicroBatchSize) -> float:
         """Of attention between its two products, the output included: that is the second product's input."""
         qkv, lse = self.q + 2 * self.kv, self.heads * _F32
         if self.kernels == "te":
             return (qkv + self.q) * self.item + lse
-        joined = self.q if sequences > 1 else 0  # the sequences' outputs are put together
+        joined = self.q if size.sequences > 1 else 0  # the sequences' outputs are put together
         angles = 2 * self.half
         if self.cp > 1:  # keys and values of all ranks, in the order of the sequence
-            return (self.q + 2 * self.cp * self.kv + self.q + joined + angles) * self.item + lse
+            mask = size.tokens * self.cp / size.sequences * _F32  # sequences of one length are assumed
+            return (self.q + 2 * self.cp * self.kv + self.q + joined + angles) * self.item + lse + mask
         return (self.q + self.kv + qkv + self.q + joined + angles) * self.item + lse  # values lie in the product's output
 
-    def core_recomputed(self, sequences: int) -> float:
+    @property
+    def core_recomputed(self) -> float:
         """What is left of `core` where it is recomputed: its inputs and its output."""
         if self.kernels == "te":
             return (2 * self.q + 2 * self.kv) * self.item
@@ -101,8 +103,8 @@ class LayerSizes:
         """Gate and up, and the second product's input; torch keeps the activated gate and a copy of up as well."""
         return self.ffn * (5 if self.kernels == "torch" else 3) * self.item
 
-    def layer(self, sequences: int, selective: bool = False) -> float:
-        core = self.core_recomputed(sequences) if selective else self.core(sequences)
+    def layer(self, size: MicroBatchSize, selective: bool = False) -> float:
+        core = self.core_recomputed if selective else self.core(size)
         return 2 * self.norm + self.head_norms + core + self.mlp
 
 
@@ -112,7 +114,7 @@ def saved_by_chunk(
     """Of a chunk of layers: one a stage, or `virtual_pipeline_model_parallel_size` of them."""
     sizes, t = LayerSizes(shape, config, kernels), size.tokens
     count = layers_per_chunk(shape, config)
-    whole = t * sizes.layer(size.sequences)
+    whole = t * sizes.layer(size)
     ends = t * _IDS if first else 0.0
     if last:
         final = sizes.norm - sizes.share * sizes.hidden * sizes.item  # its output is kept by nobody
@@ -124,8 +126,8 @@ def saved_by_chunk(
             return Saved(ends, number * t * sizes.input + kept, whole - kept)
         return Saved(ends, -(-count // number) * t * sizes.input, number * whole)
     if config.recompute_granularity == "selective":
-        core = t * (sizes.core(size.sequences) - (sizes.q * sizes.item))
-        return Saved(ends, count * t * sizes.layer(size.sequences, selective=True), core)
+        core = t * (sizes.core(size) - (sizes.q * sizes.item))
+        return Saved(ends, count * t * sizes.layer(size, selective=True), core)
     return Saved(ends, count * whole, 0.0)
 
 

@@ -30,7 +30,7 @@ TIERS = (
     ("checkpoints", "conversion", "evaluation", "inspection", "interrupts", "training_step"),
     ("trainer",),
     ("assembly",),
-    ("checkpoint_commands", "launch"),
+    ("checkpoint_commands", "launch", "plan"),
     ("cli",),
     ("__main__",),
 )
