@@ -89,7 +89,9 @@ class LayerSizes:
         if self.cp > 1:  # keys and values of all ranks, in the order of the sequence
             mask = size.tokens * self.cp / size.sequences * _F32  # sequences of one length are assumed
             return (self.q + 2 * self.cp * self.kv + self.q + joined + angles) * self.item + lse + mask
-        return (self.q + self.kv + qkv + self.q + joined + angles) * self.item + lse  # values lie in the product's output
+        return (
+            self.q + self.kv + qkv + self.q + joined + angles
+        ) * self.item + lse  # values lie in the product's output
 
     @property
     def core_recomputed(self) -> float:

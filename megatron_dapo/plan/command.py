@@ -1,10 +1,9 @@
-"""`megatron-dapo plan CONFIG key=value --gpu h800 --nodes 16`: will it fit, how long does a step take, what is better."""
+"""`megatron-dapo plan CONFIG key=value --gpu h800 --nodes 16`: does it fit, how long is a step, what is faster."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,10 @@ def run_plan(loaded: LoadedConfig, console: Console, options: argparse.Namespace
     print_plan(plan, cluster, console)
     values = plan_values(plan, cluster)
     if options.search:
-        result = search(planner, config, note=_said(console))
+        result = search(planner, config)
         print_search(result.best, result.fitting, console)
-        values["search"] = {"tried": result.tried, "fitting": result.fitting}
-        values["search"]["best"] = [layout_row(found) for found in result.best]
+        best = [layout_row(found) for found in result.best]
+        values["search"] = {"tried": result.tried, "fitting": result.fitting, "best": best}
     if options.json:
         _write(options.json, values)
     return 0
@@ -54,10 +53,6 @@ def read_model(config: RunConfig) -> ModelShape:
             "Face model's config.json; a plan needs nothing else of it"
         )
     return shape_of(AutoConfig.from_pretrained(path))
-
-
-def _said(console: Console) -> Callable[[str], None]:
-    return lambda text: console.print(text, markup=False, highlight=False)
 
 
 def _write(path: str, values: dict[str, Any]) -> None:

@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
-HEADROOM = 64  # steps that all sequences must have room for when one is admitted, or it would be sent away again at once
+HEADROOM = (
+    64  # steps that all sequences must have room for when one is admitted, or it would be sent away again at once
+)
 
 
 @dataclass(frozen=True)

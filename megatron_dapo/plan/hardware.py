@@ -109,7 +109,9 @@ def load_cluster(path: str | Path, gpu: str, nodes: int, gpus_per_node: int, ass
     loaded = _read(Path(path))
     cards = {name: _section(Card, f"cards.{name}", card) for name, card in _mapping("cards", loaded).items()}
     if gpu not in cards:
-        raise ConfigError(f"--gpu {gpu}: {path} has {', '.join(sorted(cards))}; add the card to a copy (--hardware FILE)")
+        raise ConfigError(
+            f"--gpu {gpu}: {path} has {', '.join(sorted(cards))}; add the card to a copy (--hardware FILE)"
+        )
     if nodes < 1 or gpus_per_node < 1:
         raise ConfigError(f"{nodes} nodes of {gpus_per_node} GPUs: wanted at least 1 of each")
     assumptions = _section(Assumptions, "assumptions", _mapping("assumptions", loaded))
@@ -129,7 +131,9 @@ def _read(path: Path) -> Mapping[str, Any]:
 def _mapping(name: str, loaded: Mapping[str, Any]) -> Mapping[str, Any]:
     found = loaded.get(name)
     if not isinstance(found, dict):
-        raise ConfigError(f"the hardware file has no section {name}; wanted cards and assumptions, as in {DEFAULT.name}")
+        raise ConfigError(
+            f"the hardware file has no section {name}; wanted cards and assumptions, as in {DEFAULT.name}"
+        )
     return found
 
 

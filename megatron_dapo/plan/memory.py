@@ -1,7 +1,7 @@
 """Bytes on a GPU in every phase of a step: rollout, weight sync, log-probs, update.
 
-What a rank holds comes from the model class (`mcore/footprint.py`), what a pass keeps from `activations.py`; which parts
-are there in which phase is `workers/turns.py`. Transformer Engine's layers are assumed: figures of a GPU.
+What a rank holds comes from the model class (`mcore/footprint.py`), what a pass keeps from `activations.py`; which
+parts are there in which phase is `workers/turns.py`. Transformer Engine's layers are assumed: figures of a GPU.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from megatron_dapo.config.tree import RunConfig
+from megatron_dapo.config.tree import MegatronConfig, RunConfig
 from megatron_dapo.mcore.families import ModelShape
 from megatron_dapo.plan.activations import (
     MicroBatchSize,
@@ -105,8 +105,8 @@ def memory_plan(
 def engine_memory(config: RunConfig, shape: ModelShape, cluster: Cluster) -> EngineMemory:
     """An engine's GPUs split its weights and heads; heads of keys and values are repeated where there are too few.
 
-    A server takes `gpu_memory_utilization` of the card for weights and cache; the embedded engine what
-    `max_num_seqs` sequences of full length take.
+    SGLang takes `gpu_memory_utilization` of the card for weights and cache, vLLM for all it needs, the embedded engine
+    what `max_num_seqs` sequences of full length take.
     """
     rollout, item = config.actor_rollout_ref.rollout, item_size(config)
     embedded = rollout.name == "torch"
@@ -118,6 +118,8 @@ def engine_memory(config: RunConfig, shape: ModelShape, cluster: Cluster) -> Eng
         cache = tokens * token
     else:
         cache = rollout.gpu_memory_utilization * cluster.card.memory - weights
+        if rollout.name == "vllm":  # which counts its activations and graphs in
+            cache -= cluster.assumptions.engine_overhead_bytes
         tokens = max(0, int(cache / token))
     assumed = cluster.assumptions
     sleeps = config.runtime.colocate and rollout.free_cache_engine and not embedded
@@ -133,13 +135,33 @@ def cache_bytes_a_token(shape: ModelShape, item: int, tp: int) -> float:
 
 def model_elements(shape: ModelShape) -> int:
     """Parameters of the whole model, a tied embedding once."""
+    return stage_elements(shape, MegatronConfig(), 0)
+
+
+def stage_elements(shape: ModelShape, megatron: MegatronConfig, stage: int) -> int:
+    """Parameters of a rank on a pipeline stage; a tied embedding is on the first stage and on the last."""
+    tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
     hidden, head = shape.hidden_size, shape.head_dim
     q, kv = shape.num_heads * head, shape.num_kv_heads * head
-    attention = hidden * (q + 2 * kv) + q * hidden
+    products = hidden * (2 * q + 2 * kv + 3 * shape.ffn_hidden_size)
     biases = (q + 2 * kv) if shape.family.qkv_bias else 0
     norms = 2 * hidden + (2 * head if shape.family.qk_norm else 0)
-    layer = attention + biases + norms + 3 * hidden * shape.ffn_hidden_size
-    return shape.num_layers * layer + hidden + (1 if shape.tied else 2) * shape.vocab_size * hidden
+    layers = shape.num_layers // pp * ((products + biases) // tp + norms)
+    vocabulary = shape.padded_vocab_size(tp) // tp * hidden
+    first, last = stage == 0, stage == pp - 1
+    copies = int(first) + int(last and not (first and shape.tied))
+    return layers + copies * vocabulary + (hidden if last else 0)
+
+
+def held_by_formula(shape: ModelShape, megatron: MegatronConfig, world_size: int, stage: int) -> Held:
+    """What `mcore.footprint` finds, but for the padding of Megatron's buffers."""
+    tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
+    elements, mixed = stage_elements(shape, megatron, stage), megatron.params_dtype != "float32"
+    sharing = world_size // (tp * pp) if megatron.use_distributed_optimizer else 1
+    optimizer = 0.0 if megatron.optimizer_cpu_offload else (12 if mixed else 8) * elements / sharing
+    item, hidden = 2 if mixed else 4, shape.hidden_size
+    largest = item * hidden * max(shape.padded_vocab_size(tp), 2 * shape.ffn_hidden_size) / tp
+    return Held(item * elements, 4 * elements, optimizer, largest)
 
 
 def micro_batch_size(config: RunConfig, limit: int | None = None) -> MicroBatchSize:
@@ -188,7 +210,11 @@ def _stage(
     phases = {
         "rollout": kept | awake,
         "weight sync": kept | weights | awake,
-        "log-probs": kept | weights | asleep | swap | {"working set": max(forward_bytes(shape, megatron, log_prob), plain)},
+        "log-probs": kept
+        | weights
+        | asleep
+        | swap
+        | {"working set": max(forward_bytes(shape, megatron, log_prob), plain)},
         "update": weights
         | gradients
         | optimizer

@@ -10,7 +10,7 @@ from megatron_dapo.config.tree import ConfigError, MegatronConfig, RunConfig
 from megatron_dapo.mcore.families import ModelShape
 from megatron_dapo.plan.advice import warnings_of
 from megatron_dapo.plan.hardware import Cluster
-from megatron_dapo.plan.memory import Held, MemoryPlan, engine_memory, memory_plan
+from megatron_dapo.plan.memory import Held, MemoryPlan, engine_memory, held_by_formula, memory_plan
 from megatron_dapo.plan.rollout_sim import POLICIES, PolicyOutcome, simulate
 from megatron_dapo.plan.timeline import (
     POLICY,
@@ -23,6 +23,7 @@ from megatron_dapo.plan.timeline import (
     validation_seconds,
     workload_of,
 )
+from megatron_dapo.plan.training_time import Packer
 from megatron_dapo.plan.workload import Workload
 
 
@@ -53,12 +54,15 @@ class Planner:
         self._workload = workload
         self._held: dict[tuple[object, ...], Held] = {}
         self._rollouts: dict[tuple[object, ...], RolloutPlan] = {}
+        self._packer = Packer()
 
-    def plan(self, config: RunConfig, policies: tuple[str, ...] = tuple(POLICIES)) -> Plan:
-        """Raises ConfigError where the configuration cannot run on so many GPUs at all; one that does not fit into
+    def plan(self, config: RunConfig, policies: tuple[str, ...] = tuple(POLICIES), exact: bool = True) -> Plan:
+        """`exact`: what ranks hold comes from the model class, else from a formula without the buffers' padding.
+
+        Raises ConfigError where the configuration cannot run on so many GPUs at all; one that does not fit into
         their memory is planned, and said so."""
         config, place = self.on_cluster(config), placement(config, self.cluster)
-        memory = self.memory(config)
+        memory = self.memory(config, exact)
         workload = self.workload(config)
         rollout = self._rollout(config, place, workload, policies)
         times = timeline(
@@ -69,6 +73,7 @@ class Planner:
             rollout.policies[POLICY],
             workload,
             rollout.validation_s,
+            self._packer,
         )
         found = warnings_of(config, self.shape, self.cluster, memory, times, workload)
         return Plan(config, place, workload, memory, times, rollout.policies, found)
@@ -91,7 +96,7 @@ class Planner:
     def workload(self, config: RunConfig) -> Workload:
         return self._workload or workload_of(config, self.cluster)
 
-    def memory(self, config: RunConfig) -> MemoryPlan:
+    def memory(self, config: RunConfig, exact: bool = True) -> MemoryPlan:
         """Of a configuration that `on_cluster` gave."""
         actor, world = config.actor_rollout_ref.actor, placement(config, self.cluster).policy
         ranks = world // actor.megatron.model_parallel_size
@@ -99,9 +104,13 @@ class Planner:
         tokens = ranks * actor.ppo_max_token_len_per_gpu * actor.megatron.context_parallel_size
         sequences = actor.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n
         most = max(1, -(-sequences * longest // tokens))  # where all responses have full length
-        return memory_plan(
-            config, self.shape, self.cluster, lambda stage: self.held(actor.megatron, world, stage), most
-        )
+
+        def held(stage: int) -> Held:
+            if exact:
+                return self.held(actor.megatron, world, stage)
+            return held_by_formula(self.shape, actor.megatron, world, stage)
+
+        return memory_plan(config, self.shape, self.cluster, held, most)
 
     def held(self, megatron: MegatronConfig, world: int, stage: int) -> Held:
         """What a rank holds depends on tensor and pipeline parallelism, the buffers and how many share an optimizer."""

@@ -73,7 +73,11 @@ def plan_values(plan: Plan, cluster: Cluster) -> dict[str, Any]:
             "host": memory.host_bytes,
             "engine": asdict(memory.engine),
             "stages": [
-                {"stage": stage.stage, "held": asdict(stage.held), "phases": {k: dict(v) for k, v in stage.phases.items()}}
+                {
+                    "stage": stage.stage,
+                    "held": asdict(stage.held),
+                    "phases": {k: dict(v) for k, v in stage.phases.items()},
+                }
                 for stage in memory.stages
             ],
         },
@@ -113,7 +117,8 @@ def _print_head(plan: Plan, cluster: Cluster, console: Console) -> None:
         f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu}: TP{row['tensor_model_parallel_size']} "
         f"PP{row['pipeline_model_parallel_size']} CP{row['context_parallel_size']} DP{row['data_parallel_size']}, "
         f"{plan.place.engines} engines of {plan.place.rollout // plan.place.engines}: {verdict} "
-        f"({plan.memory.peak / _GB:.1f} of {plan.memory.usable / _GB:.1f} GB), {plan.timeline.step_seconds:.0f} s a step",
+        f"({plan.memory.peak / _GB:.1f} of {plan.memory.usable / _GB:.1f} GB), "
+        f"{plan.timeline.step_seconds:.0f} s a step",
     )
     _line(
         console,
@@ -156,18 +161,21 @@ def _print_timeline(plan: Plan, console: Console) -> None:
     _line(
         console,
         f"an update: {training.update_pass.micro_batches} micro-batches a rank, {training.update_pass.seconds:.1f} s, "
-        f"bubble {training.update_pass.bubble:.0%}; of all updates {training.gradient_sync:.0f} s gradients and weights "
-        f"between ranks, {training.optimizer:.1f} s Adam",
+        f"bubble {training.update_pass.bubble:.0%}; of all updates {training.gradient_sync:.0f} s gradients and "
+        f"weights between ranks, {training.optimizer:.1f} s Adam",
     )
-    _line(console, f"{times.steps} steps: {times.steps * times.step_seconds / 3600:.0f} h, {times.gpu_hours:,.0f} GPU-hours")
+    _line(
+        console,
+        f"{times.steps} steps: {times.steps * times.step_seconds / 3600:.0f} h, {times.gpu_hours:,.0f} GPU-hours",
+    )
 
 
 def _print_assumptions(cluster: Cluster, console: Console) -> None:
     card = cluster.card
     _line(
         console,
-        f"{cluster.gpu}: {card.memory / _GB:.1f} GB, {card.bf16_flops / 1e12:.0f} TFLOP/s, HBM {card.hbm / 1e12:.2f} TB/s, "
-        f"NVLink {card.nvlink / _GB:.0f} and network {card.network / _GB:.0f} GB/s one way ({card.source})",
+        f"{cluster.gpu}: {card.memory / _GB:.1f} GB, {card.bf16_flops / 1e12:.0f} TFLOP/s, "
+        f"HBM {card.hbm / 1e12:.2f} TB/s, NVLink {card.nvlink / _GB:.0f} and network {card.network / _GB:.0f} GB/s one way ({card.source})",
     )
     _line(console, "assumptions: " + ", ".join(f"{name} {value:g}" for name, value in cluster.assumptions.items()))
     _line(console, UNVALIDATED)

@@ -2,7 +2,7 @@
 
 - `rounds`, the DAPO recipe: whole generation batches until enough groups are kept; the surplus is thrown away.
 - `adaptive`, this project (`data/dynamic_sampling.py`): the next batch is as large as the pass rate asks; the surplus
-  is carried to the next step.
+  is carried to the next step (`filter_groups.surplus`).
 - `oversample`: more prompts than needed at once; the first groups that finish are taken and the rest is aborted.
 - `partial`: likewise, but what was aborted is continued in the next step.
 
@@ -31,6 +31,7 @@ class RolloutSettings:
     wanted: int
     batch: int
     max_batches: int = 0
+    carry: bool = True  # `adaptive` carries its surplus; false: it is thrown away there too
     margin: float = 1.2  # prompts that `oversample` and `partial` launch, over wanted / kept share
 
 
@@ -176,11 +177,9 @@ def _in_batches(fleet: _Fleet, steps: int, adaptive: bool) -> list[StepRollout]:
             dropped += sum(group.tokens for group in groups if not group.kept)
             ready = ready + kept
         used, rest = ready[: settings.wanted], ready[settings.wanted :]
-        carried = rest if adaptive else []
-        discarded = 0 if adaptive else sum(group.tokens for group in rest)
-        done.append(
-            StepRollout(seconds, batches, drawn, _lengths(used), written, dropped, discarded, preemptions)
-        )
+        carried = rest if adaptive and settings.carry else []
+        discarded = 0 if carried else sum(group.tokens for group in rest)
+        done.append(StepRollout(seconds, batches, drawn, _lengths(used), written, dropped, discarded, preemptions))
     return done
 
 
@@ -214,9 +213,7 @@ def _first_finished(fleet: _Fleet, steps: int, keep_partial: bool) -> list[StepR
             else:
                 discarded += sum(r.done for group in aborted for r in group.responses)
             ready += taken
-        done.append(
-            StepRollout(seconds, batches, drawn, _lengths(ready), written, dropped, discarded, preemptions)
-        )
+        done.append(StepRollout(seconds, batches, drawn, _lengths(ready), written, dropped, discarded, preemptions))
     return done
 
 

@@ -2,18 +2,17 @@
 
 Tried: tensor parallelism inside a node (with sequence parallelism), pipelines with and without virtual stages, context
 parallelism, recomputation of nothing or of every layer, one or two longest sequences to a micro-batch, engines of up to
-a node. All else stays as configured. Layouts share what their ranks hold and what engines of one size write.
+a node. All else stays as configured. Layouts share what engines of one size write, and how sequences are packed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron_dapo.config.tree import ConfigError, MegatronConfig, RunConfig
 from megatron_dapo.mcore.families import ModelShape
 from megatron_dapo.plan.hardware import Cluster
-from megatron_dapo.plan.memory import Held, engine_memory, memory_plan
 from megatron_dapo.plan.planner import Plan, Planner
 from megatron_dapo.plan.timeline import POLICY, placement
 
@@ -28,25 +27,26 @@ class SearchResult:
     tried: int
 
 
-def search(planner: Planner, config: RunConfig, most: int = 10, note: Callable[[str], None] = print) -> SearchResult:
-    """The `most` fastest plans that fit. `note` hears of progress."""
-    shape, cluster = planner.shape, planner.cluster
+def search(planner: Planner, config: RunConfig, most: int = 10) -> SearchResult:
+    """The `most` fastest plans that fit. All are planned by formula, the best ones then from the model class."""
     found: list[Plan] = []
     tried = 0
-    for candidate in candidates(config, shape, cluster):
+    for candidate in candidates(config, planner.shape, planner.cluster):
         tried += 1
-        if not _could_fit(candidate, shape, cluster):
-            continue
         try:
-            placed = planner.on_cluster(candidate)
-            if planner.memory(placed).fits:
-                found.append(planner.plan(candidate, policies=(POLICY,)))
+            if planner.memory(planner.on_cluster(candidate), exact=False).fits:
+                found.append(planner.plan(candidate, policies=(POLICY,), exact=False))
         except ConfigError:
             continue  # heads, layers, batches or engines that this layout cannot split: not a layout of this run
-        if tried % 200 == 0:
-            note(f"{tried} layouts looked at, {len(found)} fit")
     found.sort(key=lambda plan: plan.timeline.step_seconds)
-    return SearchResult(tuple(found[:most]), len(found), tried)
+    best: list[Plan] = []
+    for rough in found:
+        exact = planner.plan(rough.config, policies=(POLICY,))
+        if exact.memory.fits:
+            best.append(exact)
+        if len(best) == most:
+            break
+    return SearchResult(tuple(sorted(best, key=lambda plan: plan.timeline.step_seconds)), len(found), tried)
 
 
 def candidates(config: RunConfig, shape: ModelShape, cluster: Cluster) -> Iterator[RunConfig]:
@@ -101,20 +101,3 @@ def _with(config: RunConfig, megatron: MegatronConfig, tokens: int, engine: int)
     rollout = replace(section.rollout, tensor_model_parallel_size=engine, log_prob_max_token_len_per_gpu=None)
     ref = replace(section.ref, log_prob_max_token_len_per_gpu=None)
     return replace(config, actor_rollout_ref=replace(section, actor=actor, rollout=rollout, ref=ref))
-
-
-def _could_fit(config: RunConfig, shape: ModelShape, cluster: Cluster) -> bool:
-    """False where not even a middle stage of layers alone would: spares building what is plainly too large."""
-    if engine_memory(config, shape, cluster).cache <= 0:
-        return False
-    megatron = config.actor_rollout_ref.actor.megatron
-    layer = shape.hidden_size * (2 * shape.hidden_size + 3 * shape.ffn_hidden_size)
-    elements = shape.num_layers * layer / megatron.tensor_model_parallel_size / megatron.pipeline_model_parallel_size
-    sharing = placement(config, cluster).policy // (
-        megatron.tensor_model_parallel_size * megatron.pipeline_model_parallel_size
-    )
-    item = 2 if megatron.params_dtype == "bfloat16" else 4
-    held = Held(item * elements, 4 * elements, (12 if item == 2 else 8) * elements / sharing, 0.0)
-    if not megatron.use_distributed_optimizer or megatron.optimizer_cpu_offload:
-        held = replace(held, optimizer=0.0)
-    return memory_plan(config, shape, cluster, lambda _: held, 64).fits

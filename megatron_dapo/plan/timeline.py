@@ -14,10 +14,16 @@ from megatron_dapo.config.tree import ConfigError, RunConfig
 from megatron_dapo.mcore.families import ModelShape
 from megatron_dapo.plan.engine_sim import EngineModel
 from megatron_dapo.plan.hardware import Cluster
-from megatron_dapo.plan.memory import EngineMemory, MemoryPlan, cache_bytes_a_token, item_size, model_elements
-from megatron_dapo.plan.memory import needs_reference
+from megatron_dapo.plan.memory import (
+    EngineMemory,
+    MemoryPlan,
+    cache_bytes_a_token,
+    item_size,
+    model_elements,
+    needs_reference,
+)
 from megatron_dapo.plan.rollout_sim import PolicyOutcome, RolloutSettings, simulate
-from megatron_dapo.plan.training_time import TrainingModel, TrainingTime
+from megatron_dapo.plan.training_time import Packer, TrainingModel, TrainingTime
 from megatron_dapo.plan.workload import Workload, kept_share
 
 POLICY = "adaptive"  # what this project does
@@ -60,8 +66,8 @@ def placement(config: RunConfig, cluster: Cluster) -> Placement:
         policy = cluster.world_size - (rollout.nnodes or 1) * cluster.gpus_per_node
     if policy < 1 or gpus % tp:
         raise ConfigError(
-            f"{cluster.nodes} nodes of {cluster.gpus_per_node} GPUs leave {policy} for the policy beside rollout.nnodes "
-            f"{rollout.nnodes or 1}, and {gpus} for engines of {tp} GPUs: give more nodes, or engines that divide"
+            f"{cluster.nodes} nodes of {cluster.gpus_per_node} GPUs leave {policy} for the policy beside rollout.nnodes"
+            f" {rollout.nnodes or 1}, and {gpus} for engines of {tp} GPUs: give more nodes, or engines that divide"
         )
     return Placement(policy, gpus, gpus // tp)
 
@@ -103,7 +109,8 @@ def rollout_settings(config: RunConfig, engines: int) -> RolloutSettings:
     filtering = config.algorithm.filter_groups
     wanted = config.data.train_batch_size
     limit = filtering.max_num_gen_batches if filtering.enable else 0
-    return RolloutSettings(engines, wanted, config.data.gen_batch_size or wanted, max(0, limit))
+    batch, carry = config.data.gen_batch_size or wanted, filtering.surplus == "carry"
+    return RolloutSettings(engines, wanted, batch, max(0, limit), carry)
 
 
 def timeline(
@@ -114,11 +121,12 @@ def timeline(
     rollout: PolicyOutcome,
     workload: Workload,
     validation_s: float,
+    packer: Packer,
 ) -> Timeline:
     """`validation_s`: seconds of one evaluation's rollout, 0 where there is none."""
     place = placement(config, cluster)
     fullest = max((stage.held for stage in memory.stages), key=lambda held: held.weights)
-    model = TrainingModel(config, shape, cluster, place.policy)
+    model = TrainingModel(config, shape, cluster, place.policy, packer)
     lengths = np.concatenate([step.lengths for step in rollout.steps])
     wanted = config.data.train_batch_size * workload.n
     training = model.step(lengths[-wanted:], workload.prompt, fullest, needs_reference(config))
@@ -137,7 +145,9 @@ def timeline(
     return Timeline(phases, training, rollout, cluster.world_size, steps)
 
 
-def validation_seconds(config: RunConfig, model: EngineModel, engines: int, workload: Workload, cluster: Cluster) -> float:
+def validation_seconds(
+    config: RunConfig, model: EngineModel, engines: int, workload: Workload, cluster: Cluster
+) -> float:
     """Of one evaluation: every prompt at once, lengths as in training."""
     prompts, n = int(cluster.assumptions.validation_prompts), config.actor_rollout_ref.rollout.val_kwargs.n
     if config.trainer.test_freq <= 0 or not prompts:

@@ -40,11 +40,33 @@ class TrainingTime:
     optimizer: float
 
 
+class Packer:
+    """Packs as the trainer does, each question once: layouts differ in little that packing sees."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[object, ...], tuple[np.ndarray, np.ndarray]] = {}
+
+    def pack(
+        self, lengths: np.ndarray, dp_size: int, max_tokens: int, multiple_of: int, quadratic: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """[data-parallel rank, micro-batch]: tokens, and the sum of the squares of the sequences' lengths."""
+        key = (lengths.tobytes(), dp_size, max_tokens, multiple_of, quadratic)
+        if key not in self._found:
+            plan = plan_micro_batches(
+                lengths, dp_size, max_tokens=max_tokens, multiple_of=multiple_of, quadratic=quadratic
+            )
+            held = [[lengths[list(indices)].astype(np.float64) for indices in rank] for rank in plan]
+            tokens = np.array([[part.sum() for part in rank] for rank in held])
+            squares = np.array([[(part**2).sum() for part in rank] for rank in held])
+            self._found[key] = tokens, squares
+        return self._found[key]
+
+
 class TrainingModel:
     """Times of one layout."""
 
-    def __init__(self, config: RunConfig, shape: ModelShape, cluster: Cluster, world_size: int):
-        self.config, self.shape, self.cluster = config, shape, cluster
+    def __init__(self, config: RunConfig, shape: ModelShape, cluster: Cluster, world_size: int, packer: Packer):
+        self.config, self.shape, self.cluster, self.packer = config, shape, cluster, packer
         self.megatron = config.actor_rollout_ref.actor.megatron
         self.tp = self.megatron.tensor_model_parallel_size
         self.cp = self.megatron.context_parallel_size
@@ -86,60 +108,52 @@ class TrainingModel:
         if not len(lengths):
             return PassTime(0.0, 0, 0.0)
         virtual = self.megatron.virtual_pipeline_model_parallel_size
-        plan = plan_micro_batches(
-            lengths,
-            self.dp,
-            max_tokens=max(limit * self.cp, int(lengths.max())),
-            multiple_of=self.pp if virtual else 1,
-            quadratic=1 / (12 * self.shape.hidden_size),
-        )
-        slowest, filling = 0.0, 0.0
-        for rank in plan:
-            times = [self.micro_batch(lengths[list(held)], with_backward) if held else 0.0 for held in rank]
-            fill = (self.pp - 1) / (virtual or 1) * max(times)
-            if sum(times) + fill > slowest:
-                slowest, filling = sum(times) + fill, fill
-        return PassTime(slowest, len(plan[0]), filling / slowest)
+        most, multiple = max(limit * self.cp, int(lengths.max())), self.pp if virtual else 1
+        tokens, squares = self.packer.pack(lengths, self.dp, most, multiple, 1 / (12 * self.shape.hidden_size))
+        times = self.micro_batches(tokens, squares, with_backward)
+        fill = (self.pp - 1) / (virtual or 1) * times.max(1)
+        ranks = times.sum(1) + fill
+        slowest = int(ranks.argmax())
+        return PassTime(float(ranks[slowest]), times.shape[1], float(fill[slowest] / ranks[slowest]))
 
-    def micro_batch(self, lengths: np.ndarray, with_backward: bool) -> float:
-        """Seconds on the last stage, which has the head."""
+    def micro_batches(self, tokens: np.ndarray, squares: np.ndarray, with_backward: bool) -> np.ndarray:
+        """Seconds of each micro-batch on the last stage, which has the head; 0 for an empty one."""
         shape, assumed, card = self.shape, self.cluster.assumptions, self.cluster.card
-        tokens, squares = float(lengths.sum()), float((lengths.astype(np.float64) ** 2).sum())
         peak = card.bf16_flops * (1 if self.item == 2 else 0.5) * self.tp * self.cp
         width = shape.num_heads * shape.head_dim
         products = 2 * tokens * self._layer_elements() / (peak * assumed.matmul_efficiency)
         attention = 2 * squares * width / (peak * assumed.attention_efficiency)
         between = self._tensor_parallel(tokens) + self._context_parallel(tokens)
-        forward = max(products + attention, assumed.layer_floor_s) + between
+        forward = np.maximum(products + attention, assumed.layer_floor_s) + between
         head = 2 * tokens * shape.vocab_size * shape.hidden_size / (peak * assumed.matmul_efficiency)
         layers = shape.num_layers / self.pp
         sent = self._to_next_stage(tokens)
         if not with_backward:
-            return layers * forward + head + sent
+            return np.where(tokens, layers * forward + head + sent, 0.0)
         again = {"full": forward, "selective": attention, None: 0.0}[self.megatron.recompute_granularity]
         if self.megatron.recompute_method == "block":
-            again *= min(1.0, (self.megatron.recompute_num_layers or 0) / layers)
-        return layers * (3 * forward + again) + 3 * head + 2 * sent
+            again = again * min(1.0, (self.megatron.recompute_num_layers or 0) / layers)
+        return np.where(tokens, layers * (3 * forward + again) + 3 * head + 2 * sent, 0.0)
 
     def _layer_elements(self) -> float:
         shape = self.shape
         q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         return shape.hidden_size * (2 * q + 2 * kv + 3 * shape.ffn_hidden_size)
 
-    def _tensor_parallel(self, tokens: float) -> float:
+    def _tensor_parallel(self, tokens: np.ndarray) -> np.ndarray | float:
         if self.tp == 1:
             return 0.0
         moved = _GATHERS * tokens / self.cp * self.shape.hidden_size * self.item * (self.tp - 1) / self.tp
         return moved / self.cluster.link(self.tp)
 
-    def _context_parallel(self, tokens: float) -> float:
+    def _context_parallel(self, tokens: np.ndarray) -> np.ndarray | float:
         """Keys and values of all ranks pass by."""
         if self.cp == 1:
             return 0.0
         width = 2 * self.shape.num_kv_heads * self.shape.head_dim / self.tp
         return tokens * width * self.item * (self.cp - 1) / self.cp / self.cluster.link(self.tp * self.cp)
 
-    def _to_next_stage(self, tokens: float) -> float:
+    def _to_next_stage(self, tokens: np.ndarray) -> np.ndarray | float:
         if self.pp == 1:
             return 0.0
         share = self.tp if self.megatron.sequence_parallel else 1
@@ -168,4 +182,3 @@ class TrainingModel:
         assumed = self.cluster.assumptions
         at_host = elements * _ADAM_BYTES / (assumed.host_memory / self.cluster.gpus_per_node)
         return at_host + 6 * elements / assumed.pcie  # gradients there, weights back
-

@@ -122,7 +122,9 @@ def fit(samples: str | Path, limit: int, n: int) -> Workload:
 
 def _kept(metrics: Path, since: int) -> float:
     if not metrics.exists():
-        raise ConfigError(f"{metrics} is not there: wanted beside samples.jsonl, for the share of groups that were kept")
+        raise ConfigError(
+            f"{metrics} is not there: wanted beside samples.jsonl, for the share of groups that were kept"
+        )
     shares = [row["sampling/kept_share"] for row in _rows(metrics) if row["step"] >= since and _has_share(row)]
     return float(np.mean(shares)) if shares else 1.0
 

@@ -6,7 +6,6 @@ Writes {case name: {"real": [rank], "planned": [rank]}} to OUT. The ranks are fo
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -94,7 +93,7 @@ def real(case: dict[str, Any]) -> dict[str, int]:
         result = forward_backward(worker.model, micro_batches)
     assert memory.now == 0, f"{memory.now} bytes are still kept after the pass"
     assert apply_update(worker.optimizer, 1e-6, result.sums["loss"]).applied
-    buffers = [buffer for module in worker.modules for buffer in module.buffers]
+    buffers = [buffer for module in worker.modules for buffer in module.buffers]  # type: ignore[union-attr]  # Megatron's, not torch's
     held = _storages(weights)
     return {
         "parameters": sum(held.values()),

@@ -18,7 +18,7 @@ class SavedMemory(torch.autograd.graph.saved_tensors_hooks):
         self.now = self.peak = 0
         super().__init__(self._pack, lambda held: held.tensor)
 
-    def __enter__(self) -> SavedMemory:
+    def __enter__(self) -> SavedMemory:  # type: ignore[override]  # torch's returns nothing
         super().__enter__()
         return self
 
