@@ -82,8 +82,8 @@ def _engines(config: RunConfig, memory: MemoryPlan, workload: Workload) -> Itera
     if fits < rollout.max_num_seqs:
         yield (
             f"an engine's cache holds {memory.engine.cache_tokens:,} tokens, about {fits} sequences of mean length, "
-            f"and rollout.max_num_seqs is {rollout.max_num_seqs}: sequences will be sent away and computed again; raise "
-            "rollout.gpu_memory_utilization or tensor_model_parallel_size, or lower max_num_seqs"
+            f"and rollout.max_num_seqs is {rollout.max_num_seqs}: sequences will be sent away and computed again; "
+            "raise rollout.gpu_memory_utilization or tensor_model_parallel_size, or lower max_num_seqs"
         )
 
 

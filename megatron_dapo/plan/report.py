@@ -174,8 +174,9 @@ def _print_assumptions(cluster: Cluster, console: Console) -> None:
     card = cluster.card
     _line(
         console,
-        f"{cluster.gpu}: {card.memory / _GB:.1f} GB, {card.bf16_flops / 1e12:.0f} TFLOP/s, "
-        f"HBM {card.hbm / 1e12:.2f} TB/s, NVLink {card.nvlink / _GB:.0f} and network {card.network / _GB:.0f} GB/s one way ({card.source})",
+        f"{cluster.gpu}: {card.memory / _GB:.1f} GB, "
+        f"{card.bf16_flops / 1e12:.0f} TFLOP/s, HBM {card.hbm / 1e12:.2f} TB/s, NVLink {card.nvlink / _GB:.0f} and "
+        f"network {card.network / _GB:.0f} GB/s one way ({card.source})",
     )
     _line(console, "assumptions: " + ", ".join(f"{name} {value:g}" for name, value in cluster.assumptions.items()))
     _line(console, UNVALIDATED)
