@@ -62,7 +62,7 @@ def test_a_full_cache_sends_the_last_one_away_and_all_are_written_in_the_end() -
 
 
 def test_a_sequence_that_can_never_fit_is_refused_with_its_numbers() -> None:
-    with pytest.raises(ValueError, match="1 \\+ 10000 tokens does not fit .* 10000 tokens"):
+    with pytest.raises(ValueError, match=r"1 \+ 10000 tokens does not fit .* 10000 tokens"):
         Engine(PLAIN).submit([Response(0, 1, 10_000)])
 
 
