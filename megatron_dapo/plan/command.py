@@ -19,6 +19,8 @@ from megatron_dapo.plan.report import layout_row, plan_values, print_plan, print
 from megatron_dapo.plan.search import search
 from megatron_dapo.plan.workload import fit
 
+_COLUMNS = 120  # that tables take, also where the output is no terminal, which counts as 80
+
 
 def run_plan(loaded: LoadedConfig, console: Console, options: argparse.Namespace) -> int:
     """Exit code 0 whether it fits or not: the answer is the plan. Raises ConfigError where there is none."""
@@ -28,6 +30,7 @@ def run_plan(loaded: LoadedConfig, console: Console, options: argparse.Namespace
     workload = fit(options.samples, limit, n) if options.samples else None
     planner = Planner(read_model(config), cluster, workload)
     plan = planner.plan(config)
+    console = Console(width=max(console.width, _COLUMNS))
     print_plan(plan, cluster, console)
     values = plan_values(plan, cluster)
     if options.search:

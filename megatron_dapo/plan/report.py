@@ -14,7 +14,6 @@ from megatron_dapo.plan.planner import Plan
 from megatron_dapo.plan.rollout_sim import PolicyOutcome
 
 _GB = 1e9
-_WIDTH = 120  # columns
 UNVALIDATED = (
     "Bytes of parameters, gradients and optimizer are exact; activations, engines and all seconds are a model that was "
     "never held against a GPU (docs/planner.md)."
@@ -38,7 +37,7 @@ def print_search(plans: Sequence[Plan], searched: int, console: Console) -> None
         table.add_column(name, justify="right")
     for plan in plans:
         table.add_row(*[str(value) for value in layout_row(plan).values()])
-    _table(console, table)
+    console.print(table)
 
 
 def layout_row(plan: Plan) -> dict[str, Any]:
@@ -107,7 +106,7 @@ def print_policies(outcomes: Iterable[PolicyOutcome], console: Console) -> None:
             f"{outcome.length_bias:+.1%}",
             f"{outcome.preemptions:.0f}",
         )
-    _table(console, table)
+    console.print(table)
 
 
 def _print_head(plan: Plan, cluster: Cluster, console: Console) -> None:
@@ -140,7 +139,7 @@ def _print_memory(plan: Plan, console: Console) -> None:
             table.add_row(f"  {part}", *[f"{stage.phases[phase].get(part, 0) / _GB:.1f}" for stage in stages])
     if not plan.memory.colocated:
         table.add_row("[bold]an engine's GPU", f"[bold]{plan.memory.engine.awake / _GB:.1f}")
-    _table(console, table)
+    console.print(table)
     _line(
         console,
         f"there is {plan.memory.usable / _GB:.1f} GB beside the reserve; an engine's cache holds "
@@ -157,7 +156,7 @@ def _print_timeline(plan: Plan, console: Console) -> None:
         if seconds:
             table.add_row(phase, f"{seconds:.0f}", f"{seconds / times.step_seconds:.0%}")
     table.add_row("[bold]step", f"[bold]{times.step_seconds:.0f}", "")
-    _table(console, table)
+    console.print(table)
     training = times.training
     _line(
         console,
@@ -185,11 +184,6 @@ def _print_assumptions(cluster: Cluster, console: Console) -> None:
 
 def _outcome(outcome: PolicyOutcome) -> dict[str, Any]:
     return {name: value for name, value in vars(outcome).items() if name != "steps"}
-
-
-def _table(console: Console, table: Table) -> None:
-    """As wide as it needs, also where the output is no terminal and counts as 80 columns."""
-    console.print(table, width=max(console.width, _WIDTH), crop=False)
 
 
 def _line(console: Console, text: str) -> None:
