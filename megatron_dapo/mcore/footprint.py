@@ -96,6 +96,8 @@ class _OnMeta(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if str(kwargs.get("device", "meta")).partition(":")[0] != "meta":
             kwargs["device"] = "meta"
+        if func is torch.Tensor.to and isinstance(args[1] if len(args) > 1 else None, int | str | torch.device):
+            args = (args[0], "meta", *args[2:])
         return func(*args, **kwargs)
 
 

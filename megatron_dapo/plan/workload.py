@@ -6,9 +6,7 @@ or short together. Prompts' pass rates follow a beta distribution. Left out: tha
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -18,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dapo.config.tree import ConfigError
+from megatron_dapo.obs.jsonl import read_records
 
 
 @dataclass(frozen=True)
@@ -125,17 +124,14 @@ def _kept(metrics: Path, since: int) -> float:
         raise ConfigError(
             f"{metrics} is not there: wanted beside samples.jsonl, for the share of groups that were kept"
         )
-    shares = [row["sampling/kept_share"] for row in _rows(metrics) if row["step"] >= since and _has_share(row)]
+    shares = [
+        row["sampling/kept_share"] for row in _rows(metrics) if row["step"] >= since and "sampling/kept_share" in row
+    ]
     return float(np.mean(shares)) if shares else 1.0
-
-
-def _has_share(row: dict[str, Any]) -> bool:
-    return row.get("sampling/kept_share") is not None
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     try:
-        lines: Iterable[str] = path.read_text().splitlines()
-    except OSError as error:
+        return read_records(path)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}; wanted a run's {path.name}") from error
-    return [json.loads(line) for line in lines if line.strip()]
