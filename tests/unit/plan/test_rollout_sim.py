@@ -89,3 +89,9 @@ def test_the_same_seed_gives_the_same_rollout() -> None:
 def test_an_unknown_policy_is_refused() -> None:
     with pytest.raises(ValueError, match="there are rounds, adaptive, oversample, partial"):
         simulate("lucky", ENGINE, SETTINGS, LOAD)
+
+
+def test_a_response_that_goes_on_later_is_not_counted_twice() -> None:
+    found = simulate("partial", ENGINE, SETTINGS, LOAD, steps=8)
+    a_response = found.written / (found.prompts * LOAD.n)  # all but what the last step left
+    assert a_response < 1.02 * LOAD.mean

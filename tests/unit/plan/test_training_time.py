@@ -85,3 +85,10 @@ def test_gradients_are_reduced_and_weights_gathered_once_an_update() -> None:
     assert found.gradient_sync == pytest.approx(16 * (8e9 + 4e9) * 7 / 8 / 0.7e9)
     hidden = {"actor__megatron__overlap_grad_reduce": True, "actor__megatron__overlap_param_gather": True}
     assert model(**hidden).step(np.full(8192, 3000), 200, HELD, False).gradient_sync == 0
+
+
+def test_the_slowest_rank_is_waited_for() -> None:
+    lengths = np.arange(1008, 999, -1)  # nine over eight ranks: the last rank gets the two shortest
+    once = model().micro_batches(np.array([[2001]]), np.array([[1001**2 + 1000**2]]), with_backward=False)
+    found = model().passes(lengths, 22528, with_backward=False)
+    assert found.seconds == pytest.approx(2 * float(once[0, 0]))  # two stages: one to fill
