@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from megatron_dapo.config.load import LoadedConfig
 from megatron_dapo.config.tree import ConfigError, RunConfig
+from megatron_dapo.exit_codes import DONE, FAILED
 from megatron_dapo.mcore.families import ModelShape, shape_of
 from megatron_dapo.plan.hardware import load_cluster
 from megatron_dapo.plan.planner import Planner
@@ -23,7 +24,7 @@ _COLUMNS = 120  # that tables take, also where the output is no terminal, which 
 
 
 def run_plan(loaded: LoadedConfig, console: Console, options: argparse.Namespace) -> int:
-    """Exit code 0 whether it fits or not: the answer is the plan. Raises ConfigError where there is none."""
+    """Exit code 0 if it fits, 1 if not. Raises ConfigError where there is no plan."""
     config = loaded.config
     cluster = load_cluster(options.hardware, options.gpu, options.nodes, options.gpus_per_node, options.assume)
     limit, n = config.data.max_response_length, config.actor_rollout_ref.rollout.n
@@ -40,7 +41,7 @@ def run_plan(loaded: LoadedConfig, console: Console, options: argparse.Namespace
         values["search"] = {"tried": result.tried, "fitting": result.fitting, "best": best}
     if options.json:
         _write(options.json, values)
-    return 0
+    return DONE if plan.memory.fits else FAILED
 
 
 def read_model(config: RunConfig) -> ModelShape:

@@ -54,6 +54,11 @@ def test_it_prints_the_plan_and_writes_it_as_json(model: Path, capsys: pytest.Ca
     assert found["seconds"]["step"] == pytest.approx(sum(v for k, v in found["seconds"].items() if k != "step"))
 
 
+def test_a_run_that_does_not_fit_ends_with_another_exit_code(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words(model, "--gpus-per-node", "2", "actor_rollout_ref.rollout.gpu_memory_utilization=0.95")) == 1
+    assert "DOES NOT FIT" in capsys.readouterr().out
+
+
 def test_search_prints_a_table_of_layouts(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words(model, "--search", "--gpus-per-node", "2")) == 0
     assert "fastest of" in capsys.readouterr().out
