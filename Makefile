@@ -68,12 +68,13 @@ test-engines: $(ENGINES:%=test-%) ## SGLang's and vLLM's own servers on this CPU
 test-sglang test-vllm: test-%: .venv-%/set-up
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest --durations 10 tests/engines
 
+# flock: the package's own build writes here, and two environments may be made side by side.
 # --no-deps: engines ask for CUDA builds that a CPU neither needs nor can load; the lists are all that they need there.
 $(ENGINE_STAMPS): .venv-%/set-up: setup.py constraints/%-cpu.txt
 	@echo "setup: .venv-$*, the versions of constraints/$*-cpu.txt; some minutes the first time"
 	@test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --no-deps --requirement constraints/$*-cpu.txt
-	.venv-$*/bin/python -m pip install --no-deps --no-build-isolation --editable .
+	flock setup.py .venv-$*/bin/python -m pip install --no-deps --no-build-isolation --editable .
 	@touch $@
 
 bench: setup ## every program in benchmarks/; the numbers also as JSON in runs/benchmarks

@@ -23,6 +23,7 @@ CORE = [
     "omegaconf>=2.3",
     "PyYAML>=6.0",
     "pyarrow>=16",
+    "huggingface_hub>=1.31",  # downloads of data sets; the lowest that transformers takes
     "rich>=13",
     "xxhash>=3.4",
     "math-verify>=0.8",

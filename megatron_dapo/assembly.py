@@ -5,8 +5,7 @@ The one place that knows which parts there are. Choosing by name happens in visi
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_dapo.algo.loss import PolicyLossConfig
 from megatron_dapo.algo.overlong import overlong_penalty
@@ -28,6 +27,7 @@ from megatron_dapo.data.dynamic_sampling import DynamicSampler, SamplerSettings
 from megatron_dapo.data.generation import GroupRollout
 from megatron_dapo.data.prompts import PromptDataset, load_prompts
 from megatron_dapo.data.stream import PromptStream
+from megatron_dapo.engines import make_engine, ranks_per_engine
 from megatron_dapo.evaluation import Evaluator
 from megatron_dapo.interrupts import Interrupts
 from megatron_dapo.manifest import SIDE
@@ -35,7 +35,6 @@ from megatron_dapo.mcore.families import shape_of
 from megatron_dapo.mcore.fused_loss import Objective
 from megatron_dapo.mcore.hf_save import copy_side_files
 from megatron_dapo.mcore.model import DTYPES
-from megatron_dapo.mcore.parallel import device
 from megatron_dapo.obs.loggers import Loggers
 from megatron_dapo.obs.run_info import RunInfo
 from megatron_dapo.obs.samples import SampleLog
@@ -43,11 +42,6 @@ from megatron_dapo.obs.timers import Timers
 from megatron_dapo.rewards.guarded import GuardedPool
 from megatron_dapo.rewards.pool import RewardPool
 from megatron_dapo.rewards.table import RewardTask, VerifierSpec
-from megatron_dapo.rollout.engine import RolloutEngine
-from megatron_dapo.rollout.no_engine import NoEngine
-from megatron_dapo.rollout.sglang_engine import SGLangEngine
-from megatron_dapo.rollout.torch_engine import TorchEngine
-from megatron_dapo.rollout.vllm_engine import VLLMEngine
 from megatron_dapo.runtime.group import WorkerError, WorkerGroup
 from megatron_dapo.runtime.host import WorkerHost
 from megatron_dapo.sync.embedded import CheckpointSync
@@ -91,7 +85,7 @@ def build_host(config: RunConfig) -> WorkerHost:
     """The workers of this rank; collective over all ranks."""
     host = WorkerHost()
     host.add(PolicyWorker(policy_settings(config)))
-    host.add(RolloutWorker(_engine(config)))
+    host.add(RolloutWorker(make_engine(config)))
     return host
 
 
@@ -105,7 +99,7 @@ def build_policy_host(config: RunConfig) -> WorkerHost:
 def build_rollout_host(config: RunConfig) -> WorkerHost:
     """This rank with an engine alone, which has no weights yet."""
     host = WorkerHost()
-    host.add(RolloutWorker(_engine(config)))
+    host.add(RolloutWorker(make_engine(config)))
     return host
 
 
@@ -311,29 +305,6 @@ def _limits(config: RunConfig) -> PassLimits:
     )
 
 
-def _engine(config: RunConfig) -> RolloutEngine:
-    if int(os.environ.get("RANK", 0)) % ranks_per_engine(config):
-        return NoEngine()
-    return ENGINES[config.actor_rollout_ref.rollout.name](config)
-
-
-def ranks_per_engine(config: RunConfig) -> int:
-    """Ranks whose devices one engine takes. On ranks of its own an engine's rank has them all."""
-    rollout = config.actor_rollout_ref.rollout
-    return rollout.tensor_model_parallel_size if config.runtime.colocate and rollout.name != "torch" else 1
-
-
-def _torch_engine(config: RunConfig) -> TorchEngine:
-    section = config.actor_rollout_ref
-    return TorchEngine(
-        section.model.path,
-        end_token_ids(section.model.path),
-        max_num_seqs=section.rollout.max_num_seqs,
-        device=device(),
-        dtype=DTYPES[section.actor.megatron.params_dtype],
-    )
-
-
 def _turns(config: RunConfig, ranks: Ranks, policy: PolicyGroup, engine: RolloutFleet) -> Turns:
     section = config.actor_rollout_ref
     sleeps = ranks.colocated and section.rollout.free_cache_engine
@@ -352,48 +323,6 @@ def _weight_sync(config: RunConfig, ranks: Ranks, policy: PolicyGroup, say: Call
         tolerance=tolerance,
     )
     return make_weight_sync(ranks, policy, settings, DTYPES[dtype], probe, say)
-
-
-def _served_by(engine: type[SGLangEngine] | type[VLLMEngine]) -> Callable[[RunConfig], RolloutEngine]:
-    def make(config: RunConfig) -> RolloutEngine:
-        section, where, rank = config.actor_rollout_ref, device(), int(os.environ.get("RANK", 0))
-        return engine(
-            section.model.path,
-            end_token_ids(section.model.path),
-            section.rollout,
-            dtype=DTYPES[section.actor.megatron.params_dtype],
-            cuda_device=where.index if where.type == "cuda" else None,
-            log=Path(config.trainer.default_local_dir) / "logs" / f"{section.rollout.name}_rank{rank}.log",
-        )
-
-    return make
-
-
-ENGINES: Mapping[str, Callable[[RunConfig], RolloutEngine]] = {
-    "torch": _torch_engine,
-    "sglang": _served_by(SGLangEngine),
-    "vllm": _served_by(VLLMEngine),
-}
-
-
-def end_token_ids(model_path: str) -> tuple[int, ...]:
-    """The tokens that end a response: those of generation_config.json and the tokenizer's own.
-
-    Raises:
-        ConfigError: the checkpoint names none.
-    """
-    found: list[int] = []
-    if (Path(model_path) / "generation_config.json").exists():
-        ids = GenerationConfig.from_pretrained(model_path).eos_token_id
-        found += [ids] if isinstance(ids, int) else list(ids or [])
-    tokenizer_id = AutoTokenizer.from_pretrained(model_path).eos_token_id
-    found += [] if tokenizer_id is None else [tokenizer_id]
-    if not found:
-        raise ConfigError(
-            f"{model_path} names no end-of-sequence token, so no response would ever end; "
-            "set eos_token in tokenizer_config.json or eos_token_id in generation_config.json"
-        )
-    return tuple(dict.fromkeys(found))
 
 
 def _reward_pool(config: RunConfig) -> RewardPool[Any]:

@@ -18,7 +18,6 @@ from megatron_dapo.assembly import (
     building_trainer,
     load_datasets,
     load_tokenizer,
-    ranks_per_engine,
 )
 from megatron_dapo.checkpoints.errors import DamagedCheckpointError, ForeignCheckpointError
 from megatron_dapo.config.tree import ConfigError, RunConfig
@@ -27,6 +26,7 @@ from megatron_dapo.data.files import PromptDataError
 from megatron_dapo.data.judging import UnknownMetricError
 from megatron_dapo.data.prompts import load_prompts
 from megatron_dapo.data.stream import OtherPromptsError
+from megatron_dapo.engines import ranks_per_engine
 from megatron_dapo.exit_codes import FAILED, write_exit_status
 from megatron_dapo.mcore.parallel import shutdown
 from megatron_dapo.obs.summary import write_summary

@@ -76,16 +76,17 @@ def warm_up(
     problems: Split,
     seed: int,
     report: Callable[[int, float], None],
+    steps: int = WARMUP_STEPS,
 ) -> None:
     """Imitate demonstrations; `report` is told each step and its loss."""
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.99), weight_decay=0.01)
     model.train()
-    for step in range(1, WARMUP_STEPS + 1):
+    for step in range(1, steps + 1):
         batch = rng.choices(problems.warmup, k=BATCH)
         loss = _imitation_loss(model, tokenizer, batch, [problem.demonstration(rng) for problem in batch])
         for group in optimizer.param_groups:
-            group["lr"] = PEAK_LR * min(step / 20, 1.0, 1.05 - step / WARMUP_STEPS)
+            group["lr"] = PEAK_LR * min(step / 20, 1.0, 1.05 - step / steps)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -12,8 +12,7 @@ import time
 from pathlib import Path
 
 import torch
-from base_model import WARMUP_STEPS as STEPS
-from base_model import build_model, build_tokenizer, greedy_accuracy, save, warm_up
+from base_model import WARMUP_STEPS, build_model, build_tokenizer, greedy_accuracy, save, warm_up
 from problems import Problem, Split, split
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -36,7 +35,7 @@ def main() -> int:
     base = out / "base"
     for name, rows in (("train", problems.train), ("test", problems.test)):
         _write_rows(out / f"{name}.jsonl", rows)
-    _build_base(base, problems, arguments.seed, console)
+    _build_base(base, problems, arguments, console)
     before = greedy_accuracy(base, problems.test)
     console.print(f"base model: {before:.1%} of {len(problems.test)} held-out problems right (greedy)")
     code = megatron_dapo(_command(arguments, base))
@@ -65,6 +64,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1, help="of the base model, the training problems and the run")
     parser.add_argument("--out", default="runs/arithmetic", help="where everything goes")
+    parser.add_argument("--warmup-steps", type=int, default=WARMUP_STEPS, help="fewer: a weaker base model, sooner")
     parser.add_argument("--control", choices=CONTROLS, help="train with a reward or a rate that can teach nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace config.yaml's")
     return parser.parse_args()
@@ -90,7 +90,8 @@ def _write_rows(path: Path, problems: tuple[Problem, ...]) -> None:
     path.write_text("".join(json.dumps(problem.row(index)) + "\n" for index, problem in enumerate(problems)))
 
 
-def _build_base(path: Path, problems: Split, seed: int, console: Console) -> None:
+def _build_base(path: Path, problems: Split, arguments: argparse.Namespace, console: Console) -> None:
+    seed, steps = arguments.seed, arguments.warmup_steps
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, seed)
     console.print(f"warming up a base model of {sum(p.numel() for p in model.parameters()):,} parameters")
@@ -101,8 +102,12 @@ def _build_base(path: Path, problems: Split, seed: int, console: Console) -> Non
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=STEPS, loss=0.0)
-        warm_up(model, tokenizer, problems, seed, lambda step, loss: progress.update(task, completed=step, loss=loss))
+        task = progress.add_task("", total=steps, loss=0.0)
+
+        def report(step: int, loss: float) -> None:
+            progress.update(task, completed=step, loss=loss)
+
+        warm_up(model, tokenizer, problems, seed, report, steps)
     save(model, tokenizer, path)
 
 

@@ -1,7 +1,8 @@
 """Reads prompt files in the recipe's schema: parquet, or JSONL with the same keys.
 
 Published files repeat each prompt a hundred times, so what comes back are the distinct rows and, for each row of
-the files, which of them it is: everything after this touches a distinct row once. Tokenising is in `prompts.py`.
+the files, which of them it is: everything after this touches a distinct row once. Tokenising is in `prompts.py`,
+making such files in `prepare/`.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def read_rows(files: Sequence[str | Path], prompt_key: str) -> RowTable:
             for i, (key, value, where) in enumerate(zip(batch.keys, batch.values, batch.where, strict=True)):
                 if key not in number_of:
                     number_of[key] = len(distinct)
-                    distinct.append(_checked_row(value, prompt_key, where))
+                    distinct.append(checked_row(value, prompt_key, where))
                 numbers[i] = number_of[key]
             index.append(numbers[batch.index])
     return RowTable(tuple(distinct), np.concatenate(index) if index else np.zeros(0, np.int64))
@@ -110,11 +111,11 @@ def _parquet_batches(path: Path, prompt_key: str) -> Iterator[_Batch]:
     names = file.schema_arrow.names
     for column in _wanted_columns(prompt_key):
         if column not in names:
-            raise MissingColumnError(_missing_column(path, column, names, prompt_key))
+            raise MissingColumnError(missing_column(path, column, names, prompt_key))
     columns = [*_wanted_columns(prompt_key), *(["extra_info"] if "extra_info" in names else [])]
     start = 0
     for record in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
-        _, first, inverse = np.unique(_equality_codes(record.to_struct_array()), return_index=True, return_inverse=True)
+        _, first, inverse = np.unique(equality_codes(record.to_struct_array()), return_index=True, return_inverse=True)
         values = record.take(pa.array(first)).to_pylist()
         yield _Batch(
             keys=[json.dumps(value, sort_keys=True, default=repr) for value in values],
@@ -138,10 +139,10 @@ def _jsonl_batch(path: Path, prompt_key: str) -> _Batch:
             continue
         where = f"{path} line {number}"
         if line not in number_of:
-            value = _parsed(line, where)
+            value = parsed_line(line, where)
             for column in _wanted_columns(prompt_key):
                 if column not in value:
-                    raise MissingColumnError(_missing_column(where, column, list(value), prompt_key))
+                    raise MissingColumnError(missing_column(where, column, list(value), prompt_key))
             number_of[line] = len(batch.values)
             batch.keys.append(line)
             batch.values.append(value)
@@ -150,7 +151,7 @@ def _jsonl_batch(path: Path, prompt_key: str) -> _Batch:
     return _Batch(batch.keys, batch.values, batch.where, np.array(index, np.int64))
 
 
-def _parsed(line: str, where: str) -> dict[str, Any]:
+def parsed_line(line: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
@@ -160,39 +161,40 @@ def _parsed(line: str, where: str) -> dict[str, Any]:
     return value
 
 
-def _missing_column(where: object, column: str, names: Sequence[str], prompt_key: str) -> str:
+def missing_column(where: object, column: str, names: Sequence[str], prompt_key: str) -> str:
     remedy = "set data.prompt_key" if column == prompt_key else "add it"
     return f"{where} has no column {column!r}; it has {', '.join(names)}; {remedy}"
 
 
-def _equality_codes(array: pa.Array) -> IntArray:
+def equality_codes(array: pa.Array) -> IntArray:
     """[rows] numbers, equal where the rows of a (nested) Arrow array are equal."""
     if pa.types.is_struct(array.type):
         codes = np.asarray(array.is_valid()).astype(np.int64)
         for field in array.flatten():
-            codes = _pairs(codes, _equality_codes(field))
+            codes = pair_codes(codes, equality_codes(field))
         return codes
     if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
-        items = _equality_codes(array.values)
+        items = equality_codes(array.values)
         starts = np.asarray(array.offsets).tolist()
         content = [items[a:b].tobytes() for a, b in pairwise(starts)]
         codes = np.asarray(pa.array(content, pa.large_binary()).dictionary_encode().indices).astype(np.int64)
-        return _pairs(codes, np.asarray(array.is_valid()).astype(np.int64))
+        return pair_codes(codes, np.asarray(array.is_valid()).astype(np.int64))
     if pa.types.is_dictionary(array.type):
-        return _equality_codes(array.dictionary_decode())
+        return equality_codes(array.dictionary_decode())
     if pa.types.is_nested(array.type):
         return np.arange(len(array), dtype=np.int64)  # maps and unions: every row counts as its own
     return np.asarray(array.dictionary_encode(null_encoding="encode").indices).astype(np.int64)
 
 
-def _pairs(left: IntArray, right: IntArray) -> IntArray:
+def pair_codes(left: IntArray, right: IntArray) -> IntArray:
     """[rows] one number for each pair of numbers, small again."""
     if not len(left):
         return left
     return np.unique(left * (right.max() + 1) + right, return_inverse=True)[1].astype(np.int64)
 
 
-def _checked_row(value: Mapping[str, Any], prompt_key: str, where: str) -> Row:
+def checked_row(value: Mapping[str, Any], prompt_key: str, where: str) -> Row:
+    """Raises MalformedRowError where a part of the row is not what the schema says."""
     messages = value[prompt_key]
     if not isinstance(messages, list) or not messages or not all(_is_message(message) for message in messages):
         raise MalformedRowError(

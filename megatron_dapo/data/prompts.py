@@ -101,18 +101,14 @@ def load_prompts(
     Raises:
         PromptDataError: a file, column, row or chat template is missing or unfit, or nothing is left.
     """
-    if tokenizer.chat_template is None:
-        raise NoChatTemplateError(
-            f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no chat template, and prompts are chat "
-            "messages; put a chat_template.jinja (or tokenizer_config.json with chat_template) into the model's folder"
-        )
+    check_chat_template(tokenizer)
     names = tuple(str(file) for file in files)
     table = read_rows(files, config.prompt_key)
     if not len(table.index):
         raise EmptyDatasetError(
             f"no row in {', '.join(names) or 'the files (none is named)'}; name files that hold prompts"
         )
-    texts = _templated(table.distinct, tokenizer)
+    texts = templated(table.distinct, tokenizer)
     number_of = {text: number for number, text in enumerate(dict.fromkeys(texts))}
     encoded = tokenizer(list(number_of), add_special_tokens=False)["input_ids"]
     ids = [np.array(encoded[number_of[text]], np.int64) for text in texts]
@@ -143,7 +139,16 @@ def load_prompts(
     return PromptDataset(prompts, kept), report
 
 
-def _templated(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise NoChatTemplateError where there is none."""
+    if tokenizer.chat_template is None:
+        raise NoChatTemplateError(
+            f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no chat template, and prompts are chat "
+            "messages; put a chat_template.jinja (or tokenizer_config.json with chat_template) into the model's folder"
+        )
+
+
+def templated(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """[rows] the chat template applied, once for equal messages."""
     text_of: dict[tuple[tuple[str, str], ...], str] = {}
     for row in rows:

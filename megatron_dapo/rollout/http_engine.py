@@ -64,24 +64,27 @@ class HttpEngine(ABC):
 
     def __init__(
         self,
-        plan: ServerPlan,
         model_path: str | Path,
         eos_token_ids: Sequence[int],
         config: RolloutConfig,
         *,
         dtype: torch.dtype,
+        devices: Sequence[str] | None,
         log: Path,
-        quiet_limit: float,
+        quiet_limit: float = 60.0,
     ):
         """
         Args:
             dtype: of weights and log-probs' logits.
+            devices: those that it takes, as CUDA_VISIBLE_DEVICES names them; None: the CPU.
             log: a file for what the server prints.
             quiet_limit: seconds without a completion after which the server is asked whether it is well.
 
         Raises:
+            ValueError: settings that the server does not have on this device.
             EngineFailedError, PortInUseError: it did not start.
         """
+        plan = self._server_plan(model_path, config, dtype, devices)
         self._check = RequestCheck(AutoConfig.from_pretrained(model_path), eos_token_ids)
         self._eos = sorted(eos_token_ids)
         self._weights = ModelWeights(model_path)
@@ -215,14 +218,8 @@ class HttpEngine(ABC):
         """Hugging Face name -> `algo.checksum.checksum` of the tensor as the server holds it. Computed there.
 
         Raises:
-            NotImplementedError: the engine spans several GPUs.
             RuntimeError: requests are pending.
         """
-        if self._tp_size > 1:
-            raise NotImplementedError(
-                f"checksums of an engine over {self._tp_size} GPUs: each holds a slice, and {self._name}'s slices are "
-                "not told apart here; verify with tensor_model_parallel_size=1, or by the probe alone"
-            )
         self._refuse_pending("weight_checksums")
         return self._held_checksums()
 
@@ -252,6 +249,13 @@ class HttpEngine(ABC):
 
     def close(self) -> None:
         self._server.stop()
+
+    @staticmethod
+    @abstractmethod
+    def _server_plan(
+        model_path: str | Path, config: RolloutConfig, dtype: torch.dtype, devices: Sequence[str] | None
+    ) -> ServerPlan:
+        """Raises ValueError: settings that the server does not have on this device."""
 
     @abstractmethod
     def _generation(self, request: Request) -> tuple[str, Mapping[str, Any]]:
@@ -335,6 +339,11 @@ class HttpEngine(ABC):
     def _refuse_pending(self, what: str) -> None:
         if self._pending:
             raise RuntimeError(f"{what} while {self.pending} requests are pending: poll until none is, or abort them")
+
+
+def visible(devices: Sequence[str]) -> dict[str, str]:
+    """What shows a server these CUDA devices and no others."""
+    return {"CUDA_VISIBLE_DEVICES": ",".join(devices)}
 
 
 def refuse_on_cpu(engine: str, config: RolloutConfig) -> None:

@@ -23,6 +23,7 @@ import torch
 
 from megatron_dapo.config.tree import RolloutConfig
 from megatron_dapo.rollout.engine import Tag
+from megatron_dapo.rollout.held_tensors import EngineRank, whole_checksums
 from megatron_dapo.rollout.http_engine import (
     IDLE_SECONDS,
     HttpEngine,
@@ -30,6 +31,7 @@ from megatron_dapo.rollout.http_engine import (
     command_line,
     new_key,
     refuse_on_cpu,
+    visible,
 )
 from megatron_dapo.rollout.sglang_checksums import LOADER, pack_order
 from megatron_dapo.rollout.weight_buckets import pickled
@@ -43,35 +45,21 @@ FINISH: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abort
 
 
 class SGLangEngine(HttpEngine):
-    def __init__(
-        self,
-        model_path: str | Path,
-        eos_token_ids: Sequence[int],
-        config: RolloutConfig,
-        *,
-        dtype: torch.dtype,
-        cuda_device: int | None,
-        log: Path,
-        quiet_limit: float = 60.0,
-    ):
-        """
-        Args:
-            cuda_device: the first that it may use; None: the CPU.
-
-        Others, and errors, as for `HttpEngine`; ValueError for settings that the server does not have on this device.
-        """
+    @staticmethod
+    def _server_plan(
+        model_path: str | Path, config: RolloutConfig, dtype: torch.dtype, devices: Sequence[str] | None
+    ) -> ServerPlan:
         key = new_key()
-        plan = ServerPlan(
+        return ServerPlan(
             name="SGLang",
             module="sglang.launch_server",
-            flags=server_flags(model_path, config, dtype, cuda_device),
+            flags=server_flags(model_path, config, dtype, devices),
             key=key,
             key_flags=["--api-key", key],
-            environment={"SGLANG_USE_CPU_ENGINE": "1"} if cuda_device is None else {},
-            search_path=(SHIMS,) if cuda_device is None else (),
+            environment={"SGLANG_USE_CPU_ENGINE": "1"} if devices is None else visible(devices),
+            search_path=(SHIMS,) if devices is None else (),
             health_path="/health_generate",
         )
-        super().__init__(plan, model_path, eos_token_ids, config, dtype=dtype, log=log, quiet_limit=quiet_limit)
 
     def _generation(self, request: Request) -> tuple[str, Mapping[str, Any]]:
         params = request.params
@@ -129,15 +117,19 @@ class SGLangEngine(HttpEngine):
 
     def _held_checksums(self) -> dict[str, int]:
         with tempfile.TemporaryDirectory() as folder:
-            answer = Path(folder) / "checksums.json"
-            order = base64.b64encode(pickled(pack_order(answer, self._weights.shapes))).decode()
+            ranks = [EngineRank(number, self._tp_size, self._weights.head_dim) for number in range(self._tp_size)]
+            answers = {rank: Path(folder) / f"{rank.rank}.json" for rank in ranks}
+            orders = [
+                base64.b64encode(pickled(pack_order(answer, self._weights.shapes, rank))).decode()
+                for rank, answer in answers.items()
+            ]
             self._begin_update()
-            body = {"serialized_named_tensors": [order], "load_format": LOADER, "flush_cache": False}
+            body = {"serialized_named_tensors": orders, "load_format": LOADER, "flush_cache": False}
             try:
                 self._call("/update_weights_from_tensor", body)
             finally:
                 self._end_update()
-            return {name: int(found) for name, found in json.loads(answer.read_text()).items()}
+            return whole_checksums(json.loads(answer.read_text()) for answer in answers.values())
 
     def _sleep(self, tags: Sequence[Tag]) -> None:
         self._call("/release_memory_occupation", {"tags": [*tags]})
@@ -147,7 +139,7 @@ class SGLangEngine(HttpEngine):
 
 
 def server_flags(
-    model_path: str | Path, config: RolloutConfig, dtype: torch.dtype, cuda_device: int | None
+    model_path: str | Path, config: RolloutConfig, dtype: torch.dtype, devices: Sequence[str] | None
 ) -> list[str]:
     """The server's command line but for its address.
 
@@ -165,7 +157,7 @@ def server_flags(
         "--grammar-backend": "none",
     }
     switches = ["--skip-tokenizer-init", "--skip-server-warmup"]
-    if cuda_device is None:
+    if devices is None:
         refuse_on_cpu("SGLang", config)
         flags |= {
             "--device": "cpu",
@@ -175,7 +167,7 @@ def server_flags(
         }
         switches.append("--disable-overlap-schedule")
     else:
-        flags |= {"--tp-size": config.tensor_model_parallel_size, "--base-gpu-id": cuda_device}
+        flags |= {"--tp-size": config.tensor_model_parallel_size}
         flags |= {"--mem-fraction-static": config.gpu_memory_utilization}
         switches.append("--enable-memory-saver")  # without it `sleep` frees nothing
         switches += ["--disable-cuda-graph"] if config.enforce_eager else []

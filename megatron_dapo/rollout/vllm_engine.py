@@ -22,6 +22,7 @@ from transformers import AutoConfig
 from megatron_dapo.config.tree import RolloutConfig
 from megatron_dapo.rollout.engine import ALL_TAGS, Tag
 from megatron_dapo.rollout.failures import EngineHangsError
+from megatron_dapo.rollout.held_tensors import whole_checksums
 from megatron_dapo.rollout.http_engine import (
     IDLE_SECONDS,
     POLL_SECONDS,
@@ -30,6 +31,7 @@ from megatron_dapo.rollout.http_engine import (
     command_line,
     new_key,
     refuse_on_cpu,
+    visible,
 )
 from megatron_dapo.rollout.vllm_extension import EXTENSION
 from megatron_dapo.rollout.vllm_key import KEY_VARIABLE, MIDDLEWARE
@@ -42,35 +44,21 @@ FINISH: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abort
 
 
 class VLLMEngine(HttpEngine):
-    def __init__(
-        self,
-        model_path: str | Path,
-        eos_token_ids: Sequence[int],
-        config: RolloutConfig,
-        *,
-        dtype: torch.dtype,
-        cuda_device: int | None,
-        log: Path,
-        quiet_limit: float = 60.0,
-    ):
-        """
-        Args:
-            cuda_device: the first that it may use; None: the CPU.
-
-        Others, and errors, as for `HttpEngine`; ValueError for settings that the server does not have on this device.
-        """
+    @staticmethod
+    def _server_plan(
+        model_path: str | Path, config: RolloutConfig, dtype: torch.dtype, devices: Sequence[str] | None
+    ) -> ServerPlan:
         key = new_key()
-        plan = ServerPlan(
+        return ServerPlan(
             name="vLLM",
             module="vllm.entrypoints.openai.api_server",
-            flags=server_flags(model_path, config, dtype, cuda_device),
+            flags=server_flags(model_path, config, dtype, devices),
             key=key,
             key_flags=(),
-            environment={KEY_VARIABLE: key} | server_environment(config, cuda_device),
+            environment={KEY_VARIABLE: key} | server_environment(config, devices),
             search_path=(),
             health_path="/weight_info",  # asks the engine's process; /health does not
         )
-        super().__init__(plan, model_path, eos_token_ids, config, dtype=dtype, log=log, quiet_limit=quiet_limit)
 
     def _generation(self, request: Request) -> tuple[str, Mapping[str, Any]]:
         params = request.params
@@ -135,8 +123,8 @@ class VLLMEngine(HttpEngine):
 
     def _held_checksums(self) -> dict[str, int]:
         shapes = {name: list(shape) for name, shape in self._weights.shapes.items()}
-        (of_worker,) = self._in_workers("policy_checksums", shapes)["results"]
-        return {name: int(found) for name, found in of_worker.items()}
+        of_workers = self._in_workers("policy_checksums", shapes, self._tp_size, self._weights.head_dim)["results"]
+        return whole_checksums({name: int(part) for name, part in found.items()} for found in of_workers)
 
     def _sleep(self, tags: Sequence[Tag]) -> None:
         """vLLM puts all to sleep, keeping the weights on the host (level 1) or not (2), and wakes by tag."""
@@ -155,23 +143,24 @@ class VLLMEngine(HttpEngine):
         return self._call("/collective_rpc", {"method": method, "args": [*args]})
 
 
-def server_environment(config: RolloutConfig, cuda_device: int | None) -> dict[str, str]:
+def server_environment(config: RolloutConfig, devices: Sequence[str] | None) -> dict[str, str]:
     """What vLLM takes no flag for."""
     variables = {
         "VLLM_SERVER_DEV_MODE": "1",  # the paths for weights, pauses and sleep
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    if cuda_device is None:
+    if devices is None:
         # As many threads as this process's own, on any core: several engines of a host would be bound to the same ones.
         variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    elif config.deterministic:
-        variables |= {"VLLM_BATCH_INVARIANT": "1"}
+    else:
+        variables |= visible(devices)
+        variables |= {"VLLM_BATCH_INVARIANT": "1"} if config.deterministic else {}
     return variables
 
 
 def server_flags(
-    model_path: str | Path, config: RolloutConfig, dtype: torch.dtype, cuda_device: int | None
+    model_path: str | Path, config: RolloutConfig, dtype: torch.dtype, devices: Sequence[str] | None
 ) -> list[str]:
     """The server's command line but for its address.
 
@@ -192,16 +181,14 @@ def server_flags(
     }
     switches = ["--tokens-only", "--skip-tokenizer-init", "--disable-uvicorn-access-log", "--disable-log-stats"]
     switches.append("--enable-chunked-prefill" if config.enable_chunked_prefill else "--no-enable-chunked-prefill")
-    if cuda_device is None:
+    if devices is None:
         refuse_on_cpu("vLLM", config)
         refuse_head_size(model_path)
         flags |= {"--kv-cache-memory-bytes": KV_BYTES_ON_CPU, "--block-size": BLOCK_TOKENS_ON_CPU}
         switches.append("--enforce-eager")  # without it torch's compiler wants minutes and a C++ compiler
     else:
-        devices = range(cuda_device, cuda_device + config.tensor_model_parallel_size)
         flags |= {
             "--tensor-parallel-size": config.tensor_model_parallel_size,
-            "--device-ids": ",".join(map(str, devices)),  # of those visible
             "--gpu-memory-utilization": config.gpu_memory_utilization,
         }
         switches.append("--enable-sleep-mode")  # without it `sleep` frees nothing

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_dapo.algo.checksum import checksum
-from megatron_dapo.rollout.held_tensors import checkpoint_tensors
+from megatron_dapo.rollout.held_tensors import EngineRank, rank_checksums
 
 EXTENSION = f"{__name__}.WeightsExtension"
 ROWS_AT_ONCE = 256  # of the identity that a packed matrix is multiplied with
@@ -51,8 +50,8 @@ class WeightsExtension:
         finalize_layerwise_reload(model, self.model_config)
         pack_tied(model)
 
-    def policy_checksums(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
-        """Checksums as decimal numbers, by the Hugging Face names of `shapes`.
+    def policy_checksums(self, shapes: Mapping[str, Sequence[int]], size: int, head_dim: int) -> dict[str, str]:
+        """This worker's part of the checksums, as decimal numbers, by the Hugging Face names of `shapes`.
 
         Raises:
             KeyError: a tensor that the model does not have.
@@ -60,7 +59,10 @@ class WeightsExtension:
         """
         held = HeldParameters(self.model_runner.get_model())
         held.refuse_difference()
-        return {name: str(checksum(tensor)) for name, tensor in checkpoint_tensors(held, shapes)}
+        return {
+            name: str(part)
+            for name, part in rank_checksums(held, shapes, EngineRank(self.rank, size, head_dim)).items()
+        }
 
 
 class HeldParameters(Mapping[str, Tensor]):

@@ -23,8 +23,10 @@ class ModelWeights:
     """The names and shapes of a checkpoint's weights, Hugging Face's. `tied`: names that share another's tensor."""
 
     def __init__(self, model_path: str | Path):
+        config = AutoConfig.from_pretrained(model_path)
+        self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))
+            model = AutoModelForCausalLM.from_config(config)
         self.shapes: Mapping[str, torch.Size] = {name: p.shape for name, p in model.named_parameters()}
         self.tied = {name: t.shape for name, t in model.state_dict().items() if name not in self.shapes}
 

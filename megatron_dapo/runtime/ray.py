@@ -33,6 +33,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from megatron_dapo.progress import IDLE, PROGRESS, START_UP
+from megatron_dapo.runtime.devices import ENGINE_DEVICES, own_and_after
 from megatron_dapo.runtime.group import RankStalledError, WorkerError
 from megatron_dapo.runtime.host import WorkerHost, phase_of, streams
 from megatron_dapo.runtime.placement import Placement, PlacementError, no_room
@@ -178,6 +179,11 @@ class RayGroup:
         opened = self._ranks[0].open_store.options(num_returns="streaming").remote()
         ((_, (address, port)),) = _Arrivals({opened: 0}, START_UP, self._timeout, self._ending.check)
         environments = [self._placement.environment(rank, address, port) for rank in range(self.size)]
+        if self._placement.device == "GPU":
+            asked = {rank.devices.options(num_returns="streaming").remote(): n for n, rank in enumerate(self._ranks)}
+            seen = dict(_Arrivals(asked, START_UP, self._timeout, self._ending.check))
+            told = own_and_after([seen[rank] for rank in range(self.size)], self._placement.ranks_per_node)
+            environments = [each | {ENGINE_DEVICES: more} for each, more in zip(environments, told, strict=True)]
         watch = None if self._watch is None else self._watch.address(ray.util.get_node_ip_address())
         calls = {
             actor.build.options(num_returns="streaming").remote(environments[rank], build, watch): rank
@@ -342,6 +348,9 @@ class _Rank:
         address = ray.util.get_node_ip_address()
         self._store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
         yield address, self._store.port
+
+    def devices(self) -> Iterator[str]:
+        yield os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
     def build(
         self, environment: dict[str, str], build: Callable[[], WorkerHost], watch: WatchAddress | None

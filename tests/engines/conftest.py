@@ -47,7 +47,7 @@ def engine(served: Served, models: list[Path], tmp_path_factory: pytest.TempPath
     several_buckets_a_push = WeightSyncConfig(bucket_bytes=20_000)
     config = RolloutConfig(max_num_seqs=32, weight_sync=several_buckets_a_push)
     log = tmp_path_factory.mktemp("logs") / "server.log"
-    engine = served.engine(models[0], [EOS], config, dtype=torch.float32, cuda_device=None, log=log, quiet_limit=20.0)
+    engine = served.engine(models[0], [EOS], config, dtype=torch.float32, devices=None, log=log, quiet_limit=20.0)
     with pytest.raises(WeightsNotLoadedError):
         engine.submit(requests())
     yield engine

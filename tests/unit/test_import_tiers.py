@@ -29,6 +29,7 @@ TIERS = (
     ("verification",),
     ("checkpoints", "conversion", "evaluation", "inspection", "interrupts", "training_step"),
     ("trainer",),
+    ("engines",),
     ("assembly",),
     ("checkpoint_commands", "launch", "plan"),
     ("cli",),

@@ -36,7 +36,7 @@ def test_it_is_the_sum_of_factors_times_bits():
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_disjoint_slices_add_up_to_the_whole(data: st.DataObject):
     rows, cols = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))

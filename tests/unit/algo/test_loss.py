@@ -60,7 +60,7 @@ log_ratios = st.one_of(edges, st.floats(-5, 5))
 advantages = st.one_of(st.sampled_from([0.0, -0.0, 1.0, -1.0]), st.floats(1e-3, 3), st.floats(-3, -1e-3))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(log_ratios, advantages), min_size=1, max_size=8))
 def test_loss_and_gradient_equal_autograd_on_both_sides_of_every_bound(tokens):
     log_ratio, advantage = torch.tensor(tokens, dtype=torch.float64).unbind(1)

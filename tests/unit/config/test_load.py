@@ -168,7 +168,7 @@ texts = st.text(st.characters(codec="utf-8", exclude_characters="$\\?"), max_siz
 names = texts | st.sampled_from(["null", "1e-6", "on", "0123", "1:30", "=", "~", "2024-01-01", "[x]", "a: b"])
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     data=st.builds(
         DataConfig,

@@ -23,7 +23,7 @@ def one_in_ten(key: tuple[int, int], text: str) -> RewardResult:
     return graded(float(draw_index % 3 == 0))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(order_seed=st.integers(0, 2**32))
 def test_what_finishes_first_changes_no_bit_of_a_batch(order_seed: int) -> None:
     aborts = {(1, 2): 1, (9, 0): 2, (15, 1): 9}

@@ -70,7 +70,7 @@ def test_rows_that_differ_anywhere_are_different_rows(write: Write, change: dict
 )
 def test_nested_arrow_values_have_equal_codes_exactly_where_they_are_equal(values: list) -> None:
     kind = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-    codes = files._equality_codes(pa.array([None, *values, []], kind)[1:])
+    codes = files.equality_codes(pa.array([None, *values, []], kind)[1:])
     values = [*values, []]
     for i, left in enumerate(values):
         for j, right in enumerate(values):
@@ -78,7 +78,7 @@ def test_nested_arrow_values_have_equal_codes_exactly_where_they_are_equal(value
 
 
 def test_a_missing_value_is_not_an_empty_one() -> None:
-    codes = files._equality_codes(pa.array([{"a": None}, {"a": []}, {"a": [1]}, None, {"a": []}]))
+    codes = files.equality_codes(pa.array([{"a": None}, {"a": []}, {"a": [1]}, None, {"a": []}]))
     assert len({int(code) for code in codes}) == 4
     assert codes[1] == codes[4]
 

@@ -37,7 +37,7 @@ lengths = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 9)), min_size=1, 
 
 
 @given(lengths, st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 4]), st.booleans(), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_each_response_token_is_predicted_on_one_rank_from_the_token_before_it(
     lengths: list[tuple[int, int]], cp_size: int, tp_size: int, packed: bool, sp: bool
 ):
@@ -58,7 +58,7 @@ def test_each_response_token_is_predicted_on_one_rank_from_the_token_before_it(
 
 
 @given(lengths, st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 4]), st.booleans(), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_ranks_hold_every_token_and_no_more_padding_than_their_cuts_need(
     lengths: list[tuple[int, int]], cp_size: int, tp_size: int, packed: bool, sp: bool
 ):

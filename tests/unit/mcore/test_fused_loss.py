@@ -20,7 +20,7 @@ from megatron_dapo.mcore.fused_loss import SUMS, HeadResult, MainGrad, Objective
 from tests.unit.mcore.thread_ranks import on_ranks
 
 LOW, HIGH, DUAL = 0.2, 0.28, 10.0
-PROPERTIES = settings(max_examples=40, deadline=None)
+PROPERTIES = settings(max_examples=40)
 
 
 @dataclass(frozen=True)

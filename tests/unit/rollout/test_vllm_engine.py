@@ -25,7 +25,7 @@ def values(flags: list[str]) -> dict[str, str]:
     return {name: value for name, value in pairwise(flags) if name.startswith("--")}
 
 
-def test_on_gpus_an_engine_takes_those_from_its_first_and_the_settings_arrive(model: Path) -> None:
+def test_on_gpus_an_engine_sees_its_own_and_the_settings_arrive(model: Path) -> None:
     config = RolloutConfig(
         name="vllm",
         tensor_model_parallel_size=2,
@@ -35,15 +35,17 @@ def test_on_gpus_an_engine_takes_those_from_its_first_and_the_settings_arrive(mo
         max_num_batched_tokens=4096,
         max_num_seqs=7,
     )
-    flags = server_flags(model, config, torch.bfloat16, 4)
+    devices = ("5", "GPU-a")
+    flags = server_flags(model, config, torch.bfloat16, devices)
     found = values(flags)
-    assert (found["--device-ids"], found["--tensor-parallel-size"]) == ("4,5", "2")
+    assert found["--tensor-parallel-size"] == "2"
     assert (found["--gpu-memory-utilization"], found["--dtype"]) == ("0.6", "bfloat16")
     assert (found["--max-num-batched-tokens"], found["--max-num-seqs"]) == ("4096", "7")
     assert {"--enforce-eager", "--no-enable-chunked-prefill", "--enable-sleep-mode"} <= set(flags)
-    assert "--enforce-eager" not in server_flags(model, replace(config, enforce_eager=False), torch.bfloat16, 4)
-    assert "VLLM_BATCH_INVARIANT" not in server_environment(config, 4)
-    assert server_environment(replace(config, deterministic=True), 4)["VLLM_BATCH_INVARIANT"] == "1"
+    assert "--enforce-eager" not in server_flags(model, replace(config, enforce_eager=False), torch.bfloat16, devices)
+    assert "VLLM_BATCH_INVARIANT" not in server_environment(config, devices)
+    assert server_environment(config, devices)["CUDA_VISIBLE_DEVICES"] == "5,GPU-a"
+    assert server_environment(replace(config, deterministic=True), devices)["VLLM_BATCH_INVARIANT"] == "1"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ DIMS = st.lists(st.tuples(st.integers(1, 40)) | st.tuples(st.integers(1, 9), st.
 
 
 @given(DIMS, st.integers(1, 2000), st.sampled_from([torch.bfloat16, torch.float32]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_tensor_has_a_place_and_none_overlap(dims: list[tuple[int, ...]], size: int, dtype: torch.dtype):
     shapes = {f"t{number}": shape for number, shape in enumerate(dims)}
     buckets = make_buckets(shapes, dtype.itemsize, size)
@@ -30,7 +30,7 @@ def test_every_tensor_has_a_place_and_none_overlap(dims: list[tuple[int, ...]], 
 
 
 @given(DIMS, st.integers(1, 2000))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_bucket_is_larger_than_asked_for_only_where_one_tensor_is(dims: list[tuple[int, ...]], size: int):
     buckets = make_buckets({f"t{number}": shape for number, shape in enumerate(dims)}, 4, size)
     assert all(bucket.nbytes <= size or len(bucket.tensors) == 1 for bucket in buckets)

@@ -42,7 +42,7 @@ def written(given_: Layouts, parts: list[Part]) -> dict[int, dict[str, np.ndarra
 
 
 @given(layouts(), st.sampled_from([1, 100, 400, 10**6]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_byte_that_a_node_wants_is_written_there_once(given_: Layouts, bucket_bytes: int):
     plan = make_plan(given_.shape, given_.topology, 2)
     buckets = make_buckets(hf_shapes(given_.shape), 2, bucket_bytes)
@@ -57,7 +57,7 @@ def test_every_byte_that_a_node_wants_is_written_there_once(given_: Layouts, buc
 
 
 @given(layouts(), st.sampled_from([1, 400, 10**6]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_members_of_a_link_have_its_messages_in_the_same_order(given_: Layouts, bucket_bytes: int):
     buckets = make_buckets(hf_shapes(given_.shape), 2, bucket_bytes)
     parts = make_parts(make_plan(given_.shape, given_.topology, 2), buckets, apart(given_))
@@ -72,7 +72,7 @@ def test_members_of_a_link_have_its_messages_in_the_same_order(given_: Layouts, 
 
 
 @given(layouts())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_board_has_the_writers_and_readers_of_its_node(given_: Layouts):
     buckets = make_buckets(hf_shapes(given_.shape), 2, 10**6)
     processes = apart(given_)

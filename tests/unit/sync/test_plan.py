@@ -41,7 +41,7 @@ def held_by(given_: Layouts, rank: int) -> dict[str, np.ndarray]:
 
 
 @given(layouts())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_byte_that_an_engine_wants_is_written_exactly_once(given_: Layouts):
     plan = make_plan(given_.shape, given_.topology, 2)
     for reader, engine in enumerate(given_.topology.engines):
@@ -53,7 +53,7 @@ def test_every_byte_that_an_engine_wants_is_written_exactly_once(given_: Layouts
 
 
 @given(layouts())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_sender_holds_what_it_sends_and_only_nodes_that_want_it_get_it(given_: Layouts):
     plan = make_plan(given_.shape, given_.topology, 2)
     held = {rank: held_by(given_, rank) for rank in {transfer.sender for transfer in plan.transfers}}
@@ -65,7 +65,7 @@ def test_a_sender_holds_what_it_sends_and_only_nodes_that_want_it_get_it(given_:
 
 
 @given(layouts())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_bytes_moved_are_the_lower_bound(given_: Layouts):
     """A node needs the union of what its engines want, once; from elsewhere, what no trainer rank on it holds."""
     shape, topology = given_.shape, given_.topology
@@ -83,7 +83,7 @@ def test_bytes_moved_are_the_lower_bound(given_: Layouts):
 
 
 @given(layouts())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_one_rank_answers_for_each_cell_of_the_model(given_: Layouts):
     plan = make_plan(given_.shape, given_.topology, 2)
     counts = marked(given_.shape, [region for regions in plan.spoken_for for region in regions])
@@ -91,7 +91,7 @@ def test_one_rank_answers_for_each_cell_of_the_model(given_: Layouts):
 
 
 @given(layouts())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_load_of_ranks_that_hold_the_same_differs_by_a_cell_at_most(given_: Layouts):
     plan = make_plan(given_.shape, given_.topology, 1)
     largest = max(transfer.region.count for transfer in plan.transfers)

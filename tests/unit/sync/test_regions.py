@@ -76,7 +76,7 @@ def test_a_tied_embedding_is_on_the_first_and_on_the_last_stage():
     st.booleans(),
     st.sampled_from([5, 11, 64]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_ranks_of_one_replica_hold_the_model(tp: int, stages: tuple[int, int | None], tied: bool, vocab: int):
     pp, vpp = stages
     shape = model_shape(tied=tied, vocab_size=vocab, num_layers=4)

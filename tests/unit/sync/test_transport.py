@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterable
 from itertools import groupby
 
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_dapo.mcore.families.names import hf_shapes
-from megatron_dapo.sync.board import Board, PeerError
+from megatron_dapo.sync.board import Board, Column, PeerError
 from megatron_dapo.sync.buckets import Bucket, make_buckets
 from megatron_dapo.sync.parts import Processes, make_parts
 from megatron_dapo.sync.plan import EngineRank, Topology, make_plan, megatron_ranks
@@ -34,20 +37,32 @@ class Weights:
         return torch.full([s.stop - s.start for s in region.index(dims)], float(self.version))
 
 
+class Node:
+    """Process 0 writes, 1 and 2 read; their memory is seen by forked processes too."""
+
+    def __init__(self, bucket_bytes: int):
+        engines = (EngineRank(0, 0, 1, 0), EngineRank(1, 0, 1, 0))
+        plan = make_plan(SHAPE, Topology(megatron_ranks(1, 1, [0]), engines, 1, 1), 4)
+        self.weights, self.buckets = Weights(), make_buckets(hf_shapes(SHAPE), 4, bucket_bytes)
+        self.parts = make_parts(plan, self.buckets, Processes((0,), (1, 2)))
+        largest = max(bucket.nbytes for bucket in self.buckets)
+        self.slots = [torch.zeros(largest, dtype=torch.uint8).share_memory_() for _ in self.buckets[:SLOTS]]
+        self.board = torch.zeros(Board.bytes_for(3), dtype=torch.uint8).share_memory_()
+
+    def transport(self, process: int) -> StagedTransport:
+        """To be made in the process, real or a thread, that it is of."""
+        memory = NodeMemory(self.slots, Board(self.board, process, ["process 0", "process 1", "process 2"], 20.0))
+        slices = self.weights if process == 0 else None
+        return StagedTransport(self.parts[process], self.buckets, torch.float32, memory, slices, None)
+
+    def count(self, process: int, column: Column) -> int:
+        return int(self.board.view(torch.int64).view(3, len(Column))[process, column])
+
+
 def transports(bucket_bytes: int) -> tuple[list[StagedTransport], Weights, tuple[Bucket, ...]]:
     """Of process 0, which writes, and of 1 and 2, which read."""
-    engines = (EngineRank(0, 0, 1, 0), EngineRank(1, 0, 1, 0))
-    plan = make_plan(SHAPE, Topology(megatron_ranks(1, 1, [0]), engines, 1, 1), 4)
-    buckets = make_buckets(hf_shapes(SHAPE), 4, bucket_bytes)
-    parts = make_parts(plan, buckets, Processes((0,), (1, 2)))
-    largest = max(bucket.nbytes for bucket in buckets)
-    slots = [torch.zeros(largest, dtype=torch.uint8) for _ in range(min(SLOTS, len(buckets)))]
-    board, weights = torch.zeros(Board.bytes_for(3), dtype=torch.uint8), Weights()
-    made = []
-    for part in parts:
-        memory = NodeMemory(slots, Board(board, part.process, ["process 0", "process 1", "process 2"], 20.0))
-        made.append(StagedTransport(part, buckets, torch.float32, memory, weights if not part.process else None, None))
-    return made, weights, buckets
+    node = Node(bucket_bytes)
+    return [node.transport(process) for process in range(3)], node.weights, node.buckets
 
 
 def at_the_same_time(*parts: Callable[[], None]) -> None:
@@ -101,3 +116,37 @@ def test_one_that_gives_up_frees_those_that_wait_for_it():
     writer.abandon()
     reader.join(30)
     assert not reader.is_alive()
+
+
+@pytest.mark.parametrize("killed", [0, 1], ids=["writer", "reader"])
+def test_a_process_killed_in_the_middle_of_a_push_is_named_by_one_that_waits_for_it(killed: int):
+    node = Node(1)
+
+    def dawdle() -> None:
+        for _ in node.transport(killed).exchange():
+            time.sleep(0.2)
+
+    def kill() -> None:
+        while not node.count(killed, Column.RELEASED if killed else Column.WRITTEN):
+            time.sleep(0.01)
+        peer.kill()
+        peer.join()
+
+    def read() -> None:
+        with contextlib.suppress(PeerError):
+            list(node.transport(2).exchange())
+
+    peer = multiprocessing.get_context("fork").Process(target=dawdle)
+    peer.start()
+    others = [threading.Thread(target=kill)]
+    if killed == 1:  # else process 2 does not come, so that the writer stays in the middle
+        others.append(threading.Thread(target=read))
+    for other in others:
+        other.start()
+    survivor = node.transport(1 - killed)
+    with pytest.raises(PeerError, match=f"process {killed} died before its part of a bucket was done"):
+        list(survivor.exchange())
+    survivor.abandon()
+    for other in others:
+        other.join(30)
+    assert peer.exitcode == -signal.SIGKILL

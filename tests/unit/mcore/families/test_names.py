@@ -50,7 +50,7 @@ def splits(draw: st.DrawFn) -> tuple[ModelShape, int]:
 
 @given(splits(), st.booleans())
 @example((replace(SHAPE, vocab_size=5), 4), False)  # the last rank's rows are all padding
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_element_of_the_checkpoint_and_of_every_shard_is_in_exactly_one_piece(
     split: tuple[ModelShape, int], fused_norms: bool
 ):
