@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
-HEADROOM = (
-    64  # steps that all sequences must have room for when one is admitted, or it would be sent away again at once
-)
+# Steps that all sequences must have room for when one is admitted, or it would be sent away again at once.
+HEADROOM = 64
+_ROUNDING = 1e-6  # of a step
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,14 @@ class EngineModel:
         return steps * base + self.token_s * (steps * cached + running * steps * (steps - 1) / 2)
 
     def steps_within(self, seconds: float, running: int, cached: int) -> int:
-        """How many whole decode steps `seconds` are enough for."""
+        """How many whole decode steps `seconds` are enough for; one that ends just then counts, rounding or not."""
         linear = self.step_s + max(self.weights_s, self.sequence_s * running)
         linear += self.token_s * (cached - running / 2)
         square = self.token_s * running / 2
         if square == 0:
-            return int(seconds / linear)
-        return int((-linear + math.sqrt(linear * linear + 4 * square * max(seconds, 0.0))) / (2 * square))
+            return int(seconds / linear + _ROUNDING)
+        steps = (-linear + math.sqrt(linear * linear + 4 * square * max(seconds, 0.0))) / (2 * square)
+        return int(steps + _ROUNDING)
 
 
 @dataclass

@@ -198,9 +198,8 @@ def _first_finished(fleet: _Fleet, steps: int, keep_partial: bool) -> list[StepR
             open_groups, left = [*left, *fresh], []
             before = sum(r.done for group in open_groups for r in group.responses)
             end, taken = _until_enough(fleet, open_groups, settings.wanted - len(ready))
-            seconds, batches, drawn, preemptions = (
-                seconds + end, batches + 1, drawn + len(fresh), preemptions + fleet.preemptions
-            )  # fmt: skip
+            seconds, batches, drawn = seconds + end, batches + 1, drawn + len(fresh)
+            preemptions += fleet.preemptions
             written += sum(r.done for group in open_groups for r in group.responses) - before
             closed = [group for group in open_groups if group.closed_at <= end]
             dropped += sum(group.tokens for group in closed if not group.kept)

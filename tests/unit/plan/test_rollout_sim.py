@@ -67,6 +67,14 @@ def test_every_token_written_is_trained_on_dropped_discarded_or_left_for_later(p
     assert left == 0 or policy in ("adaptive", "partial")
 
 
+def test_stopping_when_enough_is_there_loses_and_doubles_no_token() -> None:
+    """Times are no round numbers here: the stop must not miss the very step that brings the last group."""
+    engine = EngineModel(0.0071, 0.013, 1.7e-4, 3.3e-8, 1e-5, max_sequences=200, cache_tokens=60_000)
+    for seed in range(12):
+        (step,) = simulate("oversample", engine, SETTINGS, LOAD, steps=1, seed=seed).steps
+        assert step.written == step.dropped + step.discarded + int(step.lengths.sum())
+
+
 def test_without_a_filter_all_policies_but_those_that_abort_draw_what_is_wanted() -> None:
     plain = replace(LOAD, kept_share=1.0)
     for policy in ("rounds", "adaptive"):
