@@ -70,7 +70,14 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_dapo", "megatron_dapo.*"]),
-    package_data={"megatron_dapo": ["py.typed", "rollout/sglang_cpu_shims/**/*.py", "regression/references/*"]},
+    package_data={
+        "megatron_dapo": [
+            "py.typed",
+            "plan/hardware.yaml",
+            "regression/references/*",
+            "rollout/sglang_cpu_shims/**/*.py",
+        ]
+    },
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megatron-dapo = megatron_dapo.cli:run"]},

@@ -1,4 +1,4 @@
-"""The command line: `megatron-dapo train CONFIG.yaml key=value ...`, `eval`, `--dry-run`, and the commands beside runs.
+"""The command line: `megatron-dapo train CONFIG.yaml key=value ...`, `eval`, `plan`, and the commands beside runs.
 
 Exit codes stand in `exit_codes.py`; `train` also leaves its own in `<trainer.default_local_dir>/exit_status`.
 """
@@ -23,6 +23,7 @@ from megatron_dapo.config.load import LoadedConfig, load_config
 from megatron_dapo.config.tree import ConfigError, RunConfig
 from megatron_dapo.doctor.command import add_doctor
 from megatron_dapo.exit_codes import DONE, FAILED, FILE, INTERRUPTED, REQUEUE, USAGE_ERROR, write_exit_status
+from megatron_dapo.plan import options
 
 
 def run() -> None:
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console = Console()
         for notice in loaded.notices if _rank() == 0 else ():
             console.print(str(notice), markup=False, highlight=False)
-        return arguments.command(loaded, console)
+        return arguments.command(loaded, console, arguments)
     except ConfigError as error:
         return _complain(str(error))
     except KeyboardInterrupt:
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, command, meaning in (
         ("train", _train, "train a policy with DAPO"),
         ("eval", _evaluate, "evaluate the model at actor_rollout_ref.model.path on data.val_files"),
+        ("plan", _plan, "say whether a run fits into GPUs that need not be there, and how long a step takes"),
     ):
         sub = commands.add_parser(name, help=meaning, description=meaning)
         sub.add_argument(
@@ -75,6 +77,8 @@ def _parser() -> argparse.ArgumentParser:
             help="a YAML file, and settings that replace the file's",
         )
         sub.set_defaults(command=command)
+        if name == "plan":
+            options.add_options(sub)
         if name == "train":
             sub.add_argument(
                 "--dry-run",
@@ -92,7 +96,7 @@ def _at_ray_address(config: RunConfig) -> RunConfig:
     return replace(config, runtime=replace(config.runtime, address=address or None))
 
 
-def _train(loaded: LoadedConfig, console: Console) -> int:
+def _train(loaded: LoadedConfig, console: Console, _: argparse.Namespace) -> int:
     check(loaded.config, _ranks(loaded.config))
     check_files(loaded.config)
     from megatron_dapo import launch  # imports Megatron: seconds that a wrong key need not wait for
@@ -102,7 +106,7 @@ def _train(loaded: LoadedConfig, console: Console) -> int:
     return left.code
 
 
-def _evaluate(loaded: LoadedConfig, console: Console) -> int:
+def _evaluate(loaded: LoadedConfig, console: Console, _: argparse.Namespace) -> int:
     _ranks(loaded.config)
     check_files(loaded.config)
     from megatron_dapo import launch
@@ -110,7 +114,7 @@ def _evaluate(loaded: LoadedConfig, console: Console) -> int:
     return _stopped(launch.evaluate, loaded.config, console)
 
 
-def _dry_run(loaded: LoadedConfig, console: Console) -> int:
+def _dry_run(loaded: LoadedConfig, console: Console, _: argparse.Namespace) -> int:
     """The datasets are counted where they are there."""
     config = loaded.config
     world_size = planned_world_size(config) or _world_size()
@@ -124,6 +128,12 @@ def _dry_run(loaded: LoadedConfig, console: Console) -> int:
     text = format_arithmetic(run_arithmetic(config, world_size, *sizes))
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def _plan(loaded: LoadedConfig, console: Console, arguments: argparse.Namespace) -> int:
+    from megatron_dapo.plan.command import run_plan
+
+    return run_plan(loaded, console, arguments)
 
 
 def _stopped(action: Callable[[RunConfig, Console], None], config: RunConfig, console: Console) -> int:

@@ -31,7 +31,7 @@ TIERS = (
     ("trainer",),
     ("engines",),
     ("assembly",),
-    ("checkpoint_commands", "doctor", "launch"),
+    ("checkpoint_commands", "doctor", "launch", "plan"),
     ("cli",),
     ("__main__",),
 )
