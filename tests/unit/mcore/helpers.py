@@ -38,6 +38,26 @@ SHAPE = ModelShape(
     rope_scaling_factor=None,
     max_positions=64,
 )
+QWEN_32B = replace(
+    SHAPE,
+    num_layers=64,
+    hidden_size=5120,
+    ffn_hidden_size=27648,
+    num_heads=40,
+    num_kv_heads=8,
+    head_dim=128,
+    vocab_size=152064,
+    norm_eps=1e-5,
+    rope_theta=1e6,
+    max_positions=131072,
+)  # Qwen2.5-32B
+DISTRIBUTED, PLAIN = MegatronConfig(use_distributed_optimizer=True), MegatronConfig(use_distributed_optimizer=False)
+OPTIMIZERS = {
+    "distributed": DISTRIBUTED,
+    "plain": PLAIN,
+    "distributed, bf16": replace(DISTRIBUTED, params_dtype="bfloat16"),
+    "plain, bf16": replace(PLAIN, params_dtype="bfloat16"),
+}
 # Transformer Engine's fused name of each norm that the local layer spec keeps apart.
 FUSED_NORMS = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",

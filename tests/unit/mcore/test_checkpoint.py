@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from megatron_dapo.config.tree import MegatronConfig, OptimConfig
+from megatron_dapo.config.tree import OptimConfig
 from megatron_dapo.digests import digest_file
 from megatron_dapo.mcore import checkpoint
 from megatron_dapo.mcore.optimizer import apply_update, zero_gradients
 from megatron_dapo.mcore.parallel import RankLayout
 from megatron_dapo.mcore.save_plan import Planning
 from megatron_dapo.mcore.shard_write import Written
-from tests.unit.mcore.helpers import Training, start_training
+from tests.unit.mcore.helpers import OPTIMIZERS, Training, start_training
 
 OPTIM = OptimConfig(lr=0.01, weight_decay_all=False)  # two groups of parameters
-DISTRIBUTED, PLAIN = MegatronConfig(use_distributed_optimizer=True), MegatronConfig(use_distributed_optimizer=False)
-SETTINGS = {
-    "distributed": DISTRIBUTED,
-    "plain": PLAIN,
-    "distributed, bf16": replace(DISTRIBUTED, params_dtype="bfloat16"),
-    "plain, bf16": replace(PLAIN, params_dtype="bfloat16"),
-}
 
 
-@pytest.fixture(params=SETTINGS)
+@pytest.fixture(params=OPTIMIZERS)
 def start(
     layout: RankLayout, checkpoint_of: Callable[..., Path], request: pytest.FixtureRequest
 ) -> Callable[[], Training]:
-    return lambda: start_training(checkpoint_of(), OPTIM, SETTINGS[request.param])
+    return lambda: start_training(checkpoint_of(), OPTIM, OPTIMIZERS[request.param])
 
 
 def update(training: Training, number: int) -> None:

@@ -6,24 +6,9 @@ import pytest
 import torch.distributed as dist
 
 from megatron_dapo.config.tree import ConfigError, MegatronConfig
-from megatron_dapo.mcore.families import FAMILIES, ModelShape
 from megatron_dapo.mcore.footprint import footprint, stage_rank
+from tests.unit.mcore.helpers import QWEN_32B
 
-QWEN_32B = ModelShape(
-    family=FAMILIES["qwen2"],
-    num_layers=64,
-    hidden_size=5120,
-    ffn_hidden_size=27648,
-    num_heads=40,
-    num_kv_heads=8,
-    head_dim=128,
-    vocab_size=152064,
-    tied=False,
-    norm_eps=1e-5,
-    rope_theta=1e6,
-    rope_scaling_factor=None,
-    max_positions=131072,
-)
 TP8_PP4 = MegatronConfig(tensor_model_parallel_size=8, pipeline_model_parallel_size=4, params_dtype="bfloat16")
 # One of 8 tensor-parallel ranks: qkv and its bias, projection, gate and up, down; two norms.
 LAYER = (7168 * 5120 + 7168 + 5120 * 5120 + 3 * 27648 * 5120) // 8 + 2 * 5120

@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_dapo.config.tree import MegatronConfig, OffloadPart, OptimConfig
+from megatron_dapo.config.tree import OffloadPart, OptimConfig
 from megatron_dapo.mcore.optimizer import apply_update, zero_gradients
 from megatron_dapo.mcore.parallel import RankLayout
 from megatron_dapo.mcore.residence import PARTS, Residence
-from tests.unit.mcore.helpers import Training, start_training
-
-DISTRIBUTED, PLAIN = MegatronConfig(use_distributed_optimizer=True), MegatronConfig(use_distributed_optimizer=False)
-SETTINGS = {
-    "distributed": DISTRIBUTED,
-    "plain": PLAIN,
-    "distributed, bf16": replace(DISTRIBUTED, params_dtype="bfloat16"),
-    "plain, bf16": replace(PLAIN, params_dtype="bfloat16"),
-}
+from tests.unit.mcore.helpers import OPTIMIZERS, Training, start_training
 
 
-@pytest.fixture(params=SETTINGS)
+@pytest.fixture(params=OPTIMIZERS)
 def start(
     layout: RankLayout, checkpoint_of: Callable[..., Path], request: pytest.FixtureRequest
 ) -> Callable[[], Training]:
-    return lambda: start_training(checkpoint_of(), OptimConfig(lr=0.01), SETTINGS[request.param])
+    return lambda: start_training(checkpoint_of(), OptimConfig(lr=0.01), OPTIMIZERS[request.param])
 
 
 def update(training: Training, number: int) -> None:

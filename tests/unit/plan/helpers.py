@@ -7,24 +7,8 @@ from typing import Any
 
 from megatron_dapo.config.convert import build
 from megatron_dapo.config.tree import RunConfig
-from megatron_dapo.mcore.families import FAMILIES, ModelShape
 from megatron_dapo.plan.hardware import DEFAULT, Cluster, load_cluster
 
-QWEN_32B = ModelShape(
-    family=FAMILIES["qwen2"],
-    num_layers=64,
-    hidden_size=5120,
-    ffn_hidden_size=27648,
-    num_heads=40,
-    num_kv_heads=8,
-    head_dim=128,
-    vocab_size=152064,
-    tied=False,
-    norm_eps=1e-5,
-    rope_theta=1e6,
-    rope_scaling_factor=None,
-    max_positions=131072,
-)
 _RUN: dict[str, Any] = {
     "data.max_prompt_length": 2048,
     "data.max_response_length": 20480,

@@ -12,7 +12,7 @@ from megatron_dapo.plan.activations import (
     saved_by_chunk,
     saved_peak,
 )
-from tests.unit.plan.helpers import QWEN_32B
+from tests.unit.mcore.helpers import QWEN_32B
 
 SIZE = MicroBatchSize(tokens=1000, response_tokens=900, sequences=2)
 TP8 = {"tensor_model_parallel_size": 8, "sequence_parallel": True, "params_dtype": "bfloat16"}

@@ -14,7 +14,8 @@ from megatron_dapo.plan.memory import (
     model_elements,
     stage_elements,
 )
-from tests.unit.plan.helpers import QWEN_32B, cluster_of, run_32b
+from tests.unit.mcore.helpers import QWEN_32B
+from tests.unit.plan.helpers import cluster_of, run_32b
 
 TIED = replace(QWEN_32B, tied=True)
 

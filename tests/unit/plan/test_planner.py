@@ -5,7 +5,8 @@ import pytest
 from megatron_dapo.config.tree import ConfigError
 from megatron_dapo.plan.planner import Planner
 from megatron_dapo.plan.timeline import POLICY
-from tests.unit.plan.helpers import QWEN_32B, cluster_of, run_32b
+from tests.unit.mcore.helpers import QWEN_32B
+from tests.unit.plan.helpers import cluster_of, run_32b
 
 
 @pytest.fixture(scope="module")

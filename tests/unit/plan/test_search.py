@@ -5,7 +5,8 @@ from itertools import pairwise
 from megatron_dapo.plan.planner import Planner
 from megatron_dapo.plan.search import candidates, search
 from megatron_dapo.plan.timeline import POLICY
-from tests.unit.plan.helpers import QWEN_32B, cluster_of, run_32b
+from tests.unit.mcore.helpers import QWEN_32B
+from tests.unit.plan.helpers import cluster_of, run_32b
 
 SMALL = {"data__train_batch_size": 64, "data__gen_batch_size": 64, "actor__ppo_mini_batch_size": 32}
 

@@ -7,7 +7,8 @@ import pytest
 from megatron_dapo.config.tree import ConfigError
 from megatron_dapo.plan.memory import engine_memory
 from megatron_dapo.plan.timeline import engine_model, placement, weight_sync_seconds, workload_of
-from tests.unit.plan.helpers import QWEN_32B, cluster_of, run_32b
+from tests.unit.mcore.helpers import QWEN_32B
+from tests.unit.plan.helpers import cluster_of, run_32b
 
 
 def test_colocated_engines_take_the_policys_gpus() -> None:

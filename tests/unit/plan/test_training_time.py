@@ -8,7 +8,8 @@ import pytest
 from megatron_dapo.plan.hardware import Cluster
 from megatron_dapo.plan.memory import Held
 from megatron_dapo.plan.training_time import Packer, TrainingModel
-from tests.unit.plan.helpers import QWEN_32B, cluster_of, run_32b
+from tests.unit.mcore.helpers import QWEN_32B
+from tests.unit.plan.helpers import cluster_of, run_32b
 
 HELD = Held(weights=4e9, gradients=8e9, optimizer=3e9, largest=1e8)
 

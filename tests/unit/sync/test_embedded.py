@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from megatron_dapo.runtime.host import WorkerHost
-from megatron_dapo.runtime.spmd import SpmdControl, SpmdGroup
+from megatron_dapo.runtime.spmd import SpmdGroup
 from megatron_dapo.sync.embedded import EmbeddedSync, load_checkpoint_weights
 from megatron_dapo.types import Completion, FloatArray, Request, SequenceBatch
 from megatron_dapo.workers.policy import PolicyWorker
 from megatron_dapo.workers.policy_group import MicroBatchLimits, PassLimits, PolicyGroup
-from megatron_dapo.workers.rollout import RolloutFleet, RolloutWorker
+from megatron_dapo.workers.rollout import RolloutFleet
 from tests.unit.workers.one_rank import (
-    engine_of,
-    policy_worker,
     requests_of,
-    save_model,
-    settings_of,
     training_batch,
     update_of,
 )
@@ -28,20 +23,6 @@ from tests.unit.workers.one_rank import (
 
 def no_failures() -> None:
     raise AssertionError("no engine has failed")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model") / "qwen2")
-
-
-@pytest.fixture
-def group(model: Path) -> Iterator[SpmdGroup]:
-    with policy_worker(settings_of(model)) as worker, SpmdControl.connect() as control:
-        host = WorkerHost()
-        host.add(worker)
-        host.add(RolloutWorker(engine_of(model)))
-        yield control.group(host)
 
 
 def write(group: SpmdGroup, requests: Sequence[Request]) -> list[Completion]:

@@ -13,12 +13,7 @@ from megatron_dapo.sync.plan import EngineRank, Topology, make_plan, megatron_ra
 from megatron_dapo.sync.regions import Region
 from megatron_dapo.sync.slices import LocalSlices
 from megatron_dapo.workers.policy import PolicyWorker
-from tests.unit.workers.one_rank import policy_worker, save_model, settings_of
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
+from tests.unit.workers.one_rank import policy_worker, settings_of
 
 
 @pytest.fixture(scope="module")

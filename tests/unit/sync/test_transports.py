@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +14,7 @@ from megatron_dapo.mcore.parallel import RankLayout
 from megatron_dapo.rollout.engine import RolloutEngine
 from megatron_dapo.rollout.failures import EngineDiedError
 from megatron_dapo.runtime.host import WorkerHost
-from megatron_dapo.runtime.spmd import SpmdControl, SpmdGroup
+from megatron_dapo.runtime.spmd import SpmdGroup
 from megatron_dapo.sync.errors import WeightSyncError
 from megatron_dapo.sync.survey import PolicyFacts, Ranks, Survey
 from megatron_dapo.sync.transports import TRANSPORTS, choose, make_weight_sync
@@ -26,7 +24,6 @@ from megatron_dapo.workers.policy_group import MicroBatchLimits, PassLimits, Pol
 from megatron_dapo.workers.rollout import RolloutWorker
 from tests.functional.tiny_models import VOCAB
 from tests.unit.sync.layouts import model_shape
-from tests.unit.workers.one_rank import engine_of, policy_worker, save_model, settings_of
 
 PROBE = Probe(VOCAB, 8, 8, temperature=1.0, tolerance=1e-4)
 LAYOUT = RankLayout(tp_rank=0, tp_size=1, pp_rank=0, pp_size=1, cp_rank=0, cp_size=1, dp_rank=0, dp_size=2)
@@ -76,20 +73,6 @@ def test_in_process_is_refused_where_engines_live_elsewhere():
 def test_cuda_ipc_is_refused_without_cuda():
     with pytest.raises(ConfigError, match="transport is cuda_ipc and there is no CUDA device here; use auto"):
         TRANSPORTS["cuda_ipc"](Ranks(Apart(), Apart()), None, seen("a"), 1)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model") / "qwen2")
-
-
-@pytest.fixture
-def group(model: Path) -> Iterator[SpmdGroup]:
-    with policy_worker(settings_of(model)) as worker, SpmdControl.connect() as control:
-        host = WorkerHost()
-        host.add(worker)
-        host.add(RolloutWorker(engine_of(model)))
-        yield control.group(host)
 
 
 def sync_over(group: SpmdGroup, config: WeightSyncConfig, probe: Probe = PROBE) -> VerifiedSync:
