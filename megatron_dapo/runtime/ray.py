@@ -135,6 +135,11 @@ class _Ending:
             group.kill()
         return self._is_raised
 
+    def others_wait(self, group: RayGroup) -> bool:
+        """Whether a rank of a group other than this one has done nothing but wait for too long."""
+        watches = [other._watch for other in self.groups if other is not group]
+        return any(watch is not None and watch.somebody_waits() for watch in watches)
+
     def check(self) -> None:
         """Raises RankStalledError: a rank has stalled."""
         if self._stall is not None:
@@ -162,7 +167,9 @@ class RayGroup:
         """
         self.size = placement.size
         self._placement, self._timeout, self._ending = placement, timeout, ending
-        self._watch = None if stall_seconds is None else Watch(self.size, stall_seconds, ending.fail)
+        self._watch: Watch | None = None
+        if stall_seconds is not None:
+            self._watch = Watch(self.size, stall_seconds, ending.fail, awaited=lambda: ending.others_wait(self))
         self._busy: str | None = None
         taken = placement.of_a_rank()
         actor_class: Any = ray.remote(num_cpus=taken["CPU"], num_gpus=taken.get("GPU", 0))(_Rank)

@@ -7,6 +7,9 @@ A rank is accused if others have waited for the limit and it has stood still as 
 - nobody moves, others wait or are through, and this rank does not wait;
 - all wait for each other: the one that has come least far, if there is one.
 
+Where policy and engines are groups of their own, each is judged by itself; that somebody of the other one waits counts
+as others who wait.
+
 A long rollout moves with every look at its engine. If all ranks compute, nobody waits and nobody is accused.
 """
 
@@ -51,11 +54,12 @@ class Stall:
         return f"rank {beat.rank} stood still for {self.seconds:.0f} s in {where}{waited}. Its stack:\n{beat.stack}"
 
 
-def find_stall(seen: Mapping[int, Seen], limit: float) -> Stall | None:
+def find_stall(seen: Mapping[int, Seen], limit: float, awaited: bool = False) -> Stall | None:
     """
     Args:
-        seen: by rank, all that have ever beaten and have not left.
+        seen: by rank, all of a group that have ever beaten and have not left.
         limit: seconds of standing still, and of others' waiting, that are too long.
+        awaited: a rank of another group of the run has waited for the limit.
     """
     # Nothing but imports, at the start, holds Python's lock for as long.
     silent = [rank for rank, one in seen.items() if one.silent >= limit and one.beat.phase != START_UP]
@@ -74,12 +78,20 @@ def find_stall(seen: Mapping[int, Seen], limit: float) -> Stall | None:
         return None  # somebody moves, or takes long for a reason: the others may wait for that
     waiting = {rank for rank in still if still[rank].wait} | ahead
     if waiting != set(still):
-        return _stall([rank for rank in still if rank not in waiting], still, beats) if waiting | idle else None
+        return (
+            _stall([rank for rank in still if rank not in waiting], still, beats) if waiting | idle or awaited else None
+        )
     if last := behind - ahead:
         return _stall(list(last), still, beats)
     least = min(beat.steps for beat in still.values())
     slowest = [rank for rank, beat in still.items() if beat.steps == least]
     return _stall(slowest, still, beats) if idle or len(slowest) < len(still) else None
+
+
+def somebody_waits(seen: Mapping[int, Seen], limit: float) -> bool:
+    """Whether a rank has done nothing but wait for the limit."""
+    beats = [one.beat for one in seen.values() if one.silent < limit]
+    return any(beat.wait and beat.still >= limit and not _excused(beat) for beat in beats)
 
 
 def _stall(candidates: list[int], still: Mapping[int, Beat], beats: Mapping[int, Beat]) -> Stall:

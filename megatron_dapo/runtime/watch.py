@@ -29,7 +29,7 @@ from megatron_dapo.runtime.beat import Beat
 from megatron_dapo.runtime.group import RankStalledError, WorkerError, WorkerGroup
 from megatron_dapo.runtime.host import phase_of
 from megatron_dapo.runtime.pulse import BEATS_A_LIMIT, ONE_GAP, Answer, AsideCall, WatchAddress
-from megatron_dapo.runtime.stall import Seen, Stall, find_stall
+from megatron_dapo.runtime.stall import Seen, Stall, find_stall, somebody_waits
 
 LONGEST_GRACE = 30.0  # seconds that the main thread gets to raise the error
 ASIDE_SECONDS = 600.0  # for a call beside a rank's main thread: it may wait for a checkpoint's files
@@ -46,14 +46,17 @@ class Watch:
         limit: float,
         fail: Callable[[RankStalledError], threading.Event],
         at_forced_end: Callable[[], None] = lambda: None,
+        awaited: Callable[[], bool] = lambda: False,
     ):
         """
         Args:
             limit: seconds that are a stall.
             fail: has the main thread raise the error; the event says that it did.
             at_forced_end: called before the process is ended in its place.
+            awaited: whether a rank of another group has waited for the limit; that group may wait for this one.
         """
         self._size, self._limit, self._fail, self._at_forced_end = size, limit, fail, at_forced_end
+        self._awaited = awaited
         self._key = secrets.token_bytes(32)
         self._listener = Listener(("0.0.0.0", 0), backlog=max(16, size), authkey=self._key)
         self._port = int(self._listener.address[1])
@@ -69,6 +72,10 @@ class Watch:
     def address(self, host: str) -> WatchAddress:
         """For ranks that reach this machine under the name `host`."""
         return WatchAddress(host, self._port, self._key, self._limit)
+
+    def somebody_waits(self) -> bool:
+        """Whether a rank has done nothing but wait for the limit."""
+        return somebody_waits(self._judged(), self._limit)
 
     def close(self) -> None:
         """Ranks may leave now."""
@@ -125,11 +132,13 @@ class Watch:
             now = time.monotonic()
             self._time += min(now - before, ONE_GAP * self._limit)
             before = now
-            seen = {rank: Seen(beat, self._time - at) for rank, (beat, at) in list(self._seen.items())}
-            stall = find_stall(seen, self._limit)
+            stall = find_stall(self._judged(), self._limit, self._awaited())
             if stall is not None:
                 self._end(stall)
                 return
+
+    def _judged(self) -> dict[int, Seen]:
+        return {rank: Seen(beat, self._time - at) for rank, (beat, at) in list(self._seen.items())}
 
     def _end(self, stall: Stall) -> None:
         _say(f"megatron-dapo: {str(stall).splitlines()[0]}\nmegatron-dapo: ending the run")

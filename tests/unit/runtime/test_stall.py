@@ -8,7 +8,7 @@ import pytest
 
 from megatron_dapo.progress import IDLE, START_UP
 from megatron_dapo.runtime.beat import Beat
-from megatron_dapo.runtime.stall import Seen, find_stall
+from megatron_dapo.runtime.stall import Seen, find_stall, somebody_waits
 
 LIMIT = 45.0
 MOVING = Beat(0, "PolicyWorker.update", "micro-batch 2 of 4", 7, 0.0, "", "", {"world": 5}, "")
@@ -58,6 +58,24 @@ def test_the_rank_that_keeps_the_others_waiting_is_accused(rank: int, beats: lis
 )
 def test_nobody_is_accused_without_need(beats: list[Beat]) -> None:
     assert accused(*beats) is None
+
+
+def test_a_rank_is_accused_whom_another_group_waits_for() -> None:
+    engine = Seen(replace(IN_P2P, wait="a bucket of weights"), 1.0)
+    assert somebody_waits({0: engine}, LIMIT)
+    for policy, whom in (([STILL], 0), ([THROUGH, STILL], 1), ([WAITING, STILL], 1)):
+        seen = {n: Seen(replace(beat, rank=n), 1.0) for n, beat in enumerate(policy)}
+        stall = find_stall(seen, LIMIT, awaited=True)
+        assert stall is not None
+        assert stall.beat.rank == whom
+    for beats in ([MOVING], [MOVING, STILL], [replace(STILL, patience="a checkpoint is read")], [THROUGH], [IN_P2P]):
+        seen = {n: Seen(replace(beat, rank=n), 1.0) for n, beat in enumerate(beats)}
+        assert find_stall(seen, LIMIT, awaited=True) is None, beats
+
+
+@pytest.mark.parametrize("beat", [MOVING, STILL, THROUGH, replace(WAITING, still=40.0)])
+def test_a_rank_that_computes_or_is_through_or_waits_shortly_waits_for_nobody(beat: Beat) -> None:
+    assert not somebody_waits({0: Seen(beat, 1.0)}, LIMIT)
 
 
 def test_a_group_that_only_one_of_them_is_in_says_nothing() -> None:

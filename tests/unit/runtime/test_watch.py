@@ -112,6 +112,19 @@ def test_a_rank_that_falls_silent_is_accused_and_one_that_has_left_is_not(driver
     assert len(kept) == 1
 
 
+def test_a_rank_alone_in_its_group_is_accused_when_another_group_waits_for_it(driver: Driver) -> None:
+    engines = Watch(1, 20.0, driver.fail)
+    policy = Watch(1, 20.0, driver.fail, awaited=engines.somebody_waits)
+    kept = beat(policy, replace(STILL, rank=0))
+    assert not driver.stalled.wait(3)
+    kept += beat(engines, replace(WAITING, rank=0, wait="a bucket of weights"))
+    assert driver.stalled.wait(20)
+    for watch in (engines, policy):
+        watch.close()
+    assert "rank 0 stood still for 1000 s in Worker.train" in str(driver.errors[0])
+    assert len(kept) == 2
+
+
 def test_a_stranger_without_the_key_is_turned_away_and_others_still_come_in(watch: Watch) -> None:
     address = watch.address("127.0.0.1")
     with pytest.raises(AuthenticationError):
