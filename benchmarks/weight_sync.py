@@ -55,7 +55,7 @@ from megatron_dapo.workers.policy import PolicySettings, PolicyWorker
 from megatron_dapo.workers.rollout import RolloutWorker
 
 TP, PP = 2, 2
-BUCKET_BYTES = 8 * 2**20
+BUCKET_BYTES = 16 * 2**20
 COPIES = 2
 
 
