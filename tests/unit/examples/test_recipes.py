@@ -7,6 +7,7 @@ What the recipe's runs set is transcribed here from arXiv 2503.14476 and the pub
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Mapping
 from functools import reduce
@@ -220,12 +221,13 @@ def test_an_example_has_a_page_and_something_to_start(folder: Path) -> None:
 
 
 def started(name: str, tmp_path: Path, variables: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
-    """What a copy of the run script, beside stand-ins of what it calls, would start: words and environment."""
+    """What a copy of the run script, beside stand-ins of what it starts, would start: words and environment."""
     script = tmp_path / "examples" / name / "run.sh"
     for path in (tmp_path / "launch" / "submit.sh", tmp_path / "launch" / "torchrun.sh", tmp_path / "megatron-dapo"):
         path.parent.mkdir(exist_ok=True)
         path.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@" >words\nenv >environment\n')
         path.chmod(0o755)
+    shutil.copy(ROOT / "launch" / "submit_32b.sh", tmp_path / "launch")
     script.parent.mkdir(parents=True)
     script.write_text((EXAMPLES / name / "run.sh").read_text())
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **variables}

@@ -12,17 +12,8 @@ from hypothesis import given, settings
 from megatron_dapo.mcore.families.names import hf_shapes
 from megatron_dapo.sync.plan import EngineRank, Plan, Topology, make_plan, megatron_ranks
 from megatron_dapo.sync.regions import Region, held_regions, wanted_regions
+from tests.unit.mcore.helpers import QWEN_32B
 from tests.unit.sync.layouts import Layouts, layouts, model_shape
-
-QWEN_32B = model_shape(
-    num_layers=64,
-    hidden_size=5120,
-    ffn_hidden_size=27648,
-    num_heads=40,
-    num_kv_heads=8,
-    head_dim=128,
-    vocab_size=152064,
-)
 
 
 def marked(shape: object, regions: list[Region]) -> dict[str, np.ndarray]:
