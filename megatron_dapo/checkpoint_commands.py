@@ -73,7 +73,8 @@ def run_command(command: Command, arguments: argparse.Namespace) -> int:
     try:
         return command(arguments, Console())
     except (CheckpointError, ConfigError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        named = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+        print(f"megatron-dapo: {named}{error}", file=sys.stderr)
         return _USAGE_ERROR if isinstance(error, ConfigError) else _FAILED
 
 
