@@ -253,10 +253,7 @@ def test_a_reference_on_ranks_of_its_own_makes_the_same_run(cluster: str, config
     for run in runs.values():
         finish(run)
     assert metrics(tmp_path / "own") == metrics(tmp_path / "shared")
-    assert {record["actor/kl_loss"] == 0 for record in metrics(tmp_path / "own")} == {
-        True,
-        False,
-    }  # step 1 is where it began
+    assert metrics(tmp_path / "own")[-1]["actor/kl_loss"] > 0
 
 
 @pytest.mark.slow
