@@ -52,8 +52,11 @@ from megatron_dapo.sync.verify import Probe, VerifiedSync
 from megatron_dapo.trainer import Trainer
 from megatron_dapo.training_step import StepRules, final_rewards
 from megatron_dapo.types import IntArray, Prompt, SamplingParams
+from megatron_dapo.workers.passes import MicroBatchLimits
 from megatron_dapo.workers.policy import PolicySettings, PolicyWorker
-from megatron_dapo.workers.policy_group import MicroBatchLimits, PassLimits, PolicyGroup
+from megatron_dapo.workers.policy_group import PassLimits, PolicyGroup
+from megatron_dapo.workers.reference import ReferenceWorker
+from megatron_dapo.workers.reference_group import OwnReference, Reference, SharedReference
 from megatron_dapo.workers.rollout import RolloutFleet, RolloutWorker
 from megatron_dapo.workers.turns import Turns
 
@@ -96,6 +99,13 @@ def build_policy_host(config: RunConfig) -> WorkerHost:
     return host
 
 
+def build_reference_host(config: RunConfig) -> WorkerHost:
+    """This rank with the frozen reference alone; collective over all ranks of the reference."""
+    host = WorkerHost()
+    host.add(ReferenceWorker(policy_settings(config)))
+    return host
+
+
 def build_rollout_host(config: RunConfig) -> WorkerHost:
     """This rank with an engine alone, which has no weights yet."""
     host = WorkerHost()
@@ -106,7 +116,6 @@ def build_rollout_host(config: RunConfig) -> WorkerHost:
 def policy_settings(config: RunConfig) -> PolicySettings:
     section = config.actor_rollout_ref
     actor = section.actor
-    rules = _rules(config)
     clip = actor.gspo if actor.gspo.enable else actor
     return PolicySettings(
         model_path=section.model.path,
@@ -120,26 +129,34 @@ def policy_settings(config: RunConfig) -> PolicySettings:
             tis_cap=actor.rollout_correction.tis_cap,
             ratio="sequence" if actor.gspo.enable else "token",
             entropy_coeff=actor.entropy_coeff,
-            kl_coef=actor.kl_loss_coef if rules.kl_in_loss else 0.0,
+            kl_coef=actor.kl_loss_coef if actor.kl_in_loss else 0.0,
             kl_kind=actor.kl_loss_type,
         ),
         seed=config.data.seed,
-        with_reference=rules.needs_reference,
+        with_reference=config.shares_reference,
     )
 
 
 @contextmanager
 def building_trainer(
-    config: RunConfig, ranks: Ranks, datasets: Datasets, tokenizer: PreTrainedTokenizerBase, console: Console
+    config: RunConfig,
+    ranks: Ranks,
+    reference_ranks: WorkerGroup | None,
+    datasets: Datasets,
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
 ) -> Iterator[Trainer]:
-    """The trainer, restored from its checkpoint where the configuration says so. Leaving ends what it started."""
+    """The trainer, restored from its checkpoint where the configuration says so. Leaving ends what it started.
+
+    `reference_ranks`: of a reference with ranks of its own.
+    """
     directory = Path(config.trainer.default_local_dir)
     (directory / SIDE).mkdir(parents=True, exist_ok=True)
     copy_side_files(config.actor_rollout_ref.model.path, directory / SIDE)  # for `export`, without the first model
     total_steps = training_steps(config, len(datasets.train))
-    rules = _rules(config)
     limits = _limits(config)
     policy = PolicyGroup(ranks.policy, limits)
+    reference = OwnReference(reference_ranks, limits.reference) if reference_ranks else SharedReference(policy)
     checkpoints = _Checkpoints.of(config, policy, console)
     found = checkpoints.find(config.trainer.resume_mode)
     first_step = 0 if found is None else found.meta.step + 1
@@ -165,11 +182,12 @@ def building_trainer(
         trainer = Trainer(
             config=config.trainer,
             optim=config.actor_rollout_ref.actor.optim,
-            rules=rules,
+            rules=StepRules(config.actor_rollout_ref.actor, config.algorithm, config.reward_model),
             total_steps=total_steps,
             policy=policy,
+            reference=reference,
             engine=engine,
-            sampler=_sampler(config, datasets.train, engine, scorer, decode, policy),
+            sampler=_sampler(config, datasets.train, engine, scorer, decode, policy, reference),
             sync=sync,
             turns=_turns(config, ranks, policy, engine),
             evaluator=None if datasets.val is None else _evaluator(config, datasets.val, engine, pool, decode),
@@ -266,10 +284,6 @@ def training_steps(config: RunConfig, prompts: int) -> int:
     return steps
 
 
-def _rules(config: RunConfig) -> StepRules:
-    return StepRules(config.actor_rollout_ref.actor, config.algorithm, config.reward_model)
-
-
 def _limits(config: RunConfig) -> PassLimits:
     """How much a micro-batch of each pass holds. Context parallelism spreads one over several GPUs."""
     section = config.actor_rollout_ref
@@ -349,6 +363,7 @@ def _sampler(
     scorer: GuardedPool,
     decode: Callable[[IntArray], str],
     policy: PolicyGroup,
+    reference: Reference,
 ) -> DynamicSampler[RewardTask]:
     data, rollout, filter_groups = config.data, config.actor_rollout_ref.rollout, config.algorithm.filter_groups
     buffer = config.reward_model.overlong_buffer
@@ -359,6 +374,7 @@ def _sampler(
         return float(overlong_penalty(length, data.max_response_length, buffer.len, buffer.penalty_factor))
 
     on_final_reward = filter_groups.enable and filter_groups.metric == "seq_final_reward"
+    finalize = partial(final_rewards, policy=policy, reference=reference, config=config.algorithm)
     epochs = config.trainer.total_epochs if config.trainer.total_training_steps is None else None
     return DynamicSampler(
         PromptStream(prompts, data.seed, data.shuffle, epochs),
@@ -378,7 +394,7 @@ def _sampler(
             gen_batch_size=data.gen_batch_size or data.train_batch_size,
             mini_batch_size=config.actor_rollout_ref.actor.ppo_mini_batch_size,
         ),
-        finalize=partial(final_rewards, policy=policy, config=config.algorithm) if on_final_reward else None,
+        finalize=finalize if on_final_reward else None,
     )
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from megatron_dapo.assembly import (
     build_host,
     build_policy_host,
+    build_reference_host,
     build_rollout_host,
     building_evaluator,
     building_trainer,
@@ -73,6 +74,8 @@ def train(config: RunConfig, console: Console) -> None:
     """Train; the final weights go to `<default_local_dir>/hf` as a Hugging Face checkpoint."""
     started = time.monotonic()
     builds = (build_host,) if config.runtime.colocate else (build_policy_host, build_rollout_host)
+    if config.actor_rollout_ref.ref.own_ranks:
+        builds += (build_reference_host,)
     RUNTIMES[config.runtime.name](config, builds, lambda workers: _drive(config, workers, console, started))
 
 
@@ -102,9 +105,12 @@ def _on_ray(config: RunConfig, builds: Sequence[Build], drive: Callable[[Workers
         raise ConfigError(
             f"runtime.name is ray and {error.name} is not installed: pip install 'megatron_dapo[ray]'"
         ) from error
-    runtime, trainer, rollout = config.runtime, config.trainer, config.actor_rollout_ref.rollout
+    runtime, trainer, section = config.runtime, config.trainer, config.actor_rollout_ref
+    rollout, ref = section.rollout, section.ref
 
     def share(build: Build) -> Share:
+        if build is build_reference_host:
+            return Share(ref.nnodes, ref.n_gpus_per_node or 1, partial(build, config))
         if runtime.colocate or build is not build_rollout_host:
             return Share(trainer.nnodes or 1, trainer.n_gpus_per_node or 1, partial(build, config))
         width = rollout.tensor_model_parallel_size
@@ -116,7 +122,7 @@ def _on_ray(config: RunConfig, builds: Sequence[Build], drive: Callable[[Workers
         drive(lambda: cluster.groups(shares))
 
 
-# Name -> where the workers that `builds` make live, and who drives them. The second group is the rollout's own.
+# Name -> where the workers that `builds` make live, and who drives them.
 RUNTIMES = {"spmd": _on_spmd, "ray": _on_ray}
 
 
@@ -127,8 +133,10 @@ def _drive(config: RunConfig, workers: Workers, console: Console, started: float
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     directory = Path(config.trainer.default_local_dir)
     groups = workers()
-    ranks = Ranks(policy=groups[0], engines=groups[-1], engine_every=ranks_per_engine(config))
-    with building_trainer(config, ranks, datasets, tokenizer, console) as trainer:
+    engines = groups[0 if config.runtime.colocate else 1]
+    reference = groups[-1] if config.actor_rollout_ref.ref.own_ranks else None
+    ranks = Ranks(policy=groups[0], engines=engines, engine_every=ranks_per_engine(config))
+    with building_trainer(config, ranks, reference, datasets, tokenizer, console) as trainer:
         progress = trainer.fit()
         trainer.policy.save_hf(str(directory / "hf"))
     write_summary(

@@ -34,6 +34,7 @@ from megatron_dapo.sync.errors import WeightSyncError
 from megatron_dapo.sync.restoring import EnginesKeepFailingError
 from megatron_dapo.training_step import PreparedStep, StepRules, prepare_step
 from megatron_dapo.workers.policy_group import PolicyGroup, UpdateResult
+from megatron_dapo.workers.reference_group import Reference
 from megatron_dapo.workers.rollout import RolloutFleet
 from megatron_dapo.workers.turns import Turns
 
@@ -84,6 +85,7 @@ class Trainer:
     rules: StepRules
     total_steps: int
     policy: PolicyGroup
+    reference: Reference
     engine: RolloutFleet
     sampler: DynamicSampler[Any]
     sync: WeightSync
@@ -161,7 +163,7 @@ class Trainer:
             self.saver.poll()
         with self.timers.phase("sync"):
             self.turns.policy_begins()
-        prepared = prepare_step(batch.groups, self.policy, self.rules, self.timers)
+        prepared = prepare_step(batch.groups, self.policy, self.reference, self.rules, self.timers)
         with self.timers.phase("update"):
             lr = learning_rate(self.optim, self.progress.step, self.total_steps)
             updates = list(self.policy.update(prepared.updates, lr, report_first=prepared.measured_later))

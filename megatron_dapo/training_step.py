@@ -19,6 +19,7 @@ from megatron_dapo.obs.metrics import Mismatch, mismatch
 from megatron_dapo.obs.timers import Timers
 from megatron_dapo.types import FloatArray, Group, SequenceBatch, take_ragged
 from megatron_dapo.workers.policy_group import PolicyGroup
+from megatron_dapo.workers.reference_group import Reference
 
 
 @dataclass(frozen=True)
@@ -28,18 +29,6 @@ class StepRules:
     actor: ActorConfig
     algorithm: AlgorithmConfig
     reward: RewardModelConfig
-
-    @property
-    def kl_in_reward(self) -> bool:
-        return self.algorithm.use_kl_in_reward and self.algorithm.kl_ctrl.kl_coef != 0
-
-    @property
-    def kl_in_loss(self) -> bool:
-        return self.actor.use_kl_loss and self.actor.kl_loss_coef != 0
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.kl_in_reward or self.kl_in_loss
 
     @property
     def weighting(self) -> LossWeighting:
@@ -76,9 +65,16 @@ class PreparedStep:
         return _against_engine(self.groups, np.concatenate(parts), weight_version)
 
 
-def prepare_step(groups: Sequence[Group], policy: PolicyGroup, rules: StepRules, timers: Timers) -> PreparedStep:
+def prepare_step(
+    groups: Sequence[Group], policy: PolicyGroup, reference: Reference, rules: StepRules, timers: Timers
+) -> PreparedStep:
     """Everything up to the updates. Rewards get their KL here unless the sampler has put it in already."""
     sequences = SequenceBatch.from_groups(groups)
+    kl_in_reward = rules.algorithm.kl_in_reward and not _filters_on_final_reward(rules.algorithm)
+    ref_log_probs = None
+    if kl_in_reward or rules.actor.kl_in_loss:
+        with timers.phase("ref_log_prob"):
+            ref_log_probs = reference.start_log_probs(sequences)
     with timers.phase("old_log_prob"):
         trainer_logp = _trainer_log_probs(groups, sequences, policy, rules.actor)
     if rules.actor.old_log_prob == "rollout":
@@ -86,18 +82,17 @@ def prepare_step(groups: Sequence[Group], policy: PolicyGroup, rules: StepRules,
     else:  # a first mini-batch that is its own old policy has none
         unknown = int(sequences.cu_responses[-1]) - len(trainer_logp)
         old_logp_N = np.concatenate([np.zeros(unknown, np.float32), trainer_logp])
-    kl_in_reward = rules.kl_in_reward and not _filters_on_final_reward(rules.algorithm)
     ref_logp_N = None
-    if kl_in_reward or rules.kl_in_loss:
+    if ref_log_probs is not None:
         with timers.phase("ref_log_prob"):
-            ref_logp_N = policy.reference_log_probs(sequences)
+            ref_logp_N = ref_log_probs()
     if kl_in_reward:
         assert ref_logp_N is not None
         groups = with_kl_in_reward(groups, old_logp_N, ref_logp_N, rules.algorithm)
     samples = [(group.draw_index, sample) for group in groups for sample in group.samples]
     advantages_S = group_advantages([s.reward for _, s in samples], [draw for draw, _ in samples])
     updates = _updates(
-        groups, advantages_S, old_logp_N, ref_logp_N if rules.kl_in_loss else None, sequences, policy, rules
+        groups, advantages_S, old_logp_N, ref_logp_N if rules.actor.kl_in_loss else None, sequences, policy, rules
     )
     return PreparedStep(tuple(groups), updates, trainer_logp, measured_later=rules.actor.old_log_prob != "recompute")
 
@@ -119,10 +114,13 @@ def with_kl_in_reward(
     return result
 
 
-def final_rewards(groups: Sequence[Group], policy: PolicyGroup, config: AlgorithmConfig) -> list[Group]:
+def final_rewards(
+    groups: Sequence[Group], policy: PolicyGroup, reference: Reference, config: AlgorithmConfig
+) -> list[Group]:
     """The sampler's log-prob phase for the metric `seq_final_reward`: rewards with their KL, before filtering."""
     sequences = SequenceBatch.from_groups(groups)
-    return with_kl_in_reward(groups, policy.log_probs(sequences), policy.reference_log_probs(sequences), config)
+    ref_log_probs = reference.start_log_probs(sequences)
+    return with_kl_in_reward(groups, policy.log_probs(sequences), ref_log_probs(), config)
 
 
 def _trainer_log_probs(

@@ -30,6 +30,7 @@ def check(config: RunConfig, world_size: int) -> None:
     _check_groups(config)
     _check_kl_in_reward(config)
     _check_placement(config, world_size)
+    _check_reference(config)
     if config.trainer.test_freq > 0 and not config.data.val_files:
         raise ConfigError(
             f"trainer.test_freq is {config.trainer.test_freq} and data.val_files is empty: "
@@ -86,6 +87,30 @@ def _check_placement(config: RunConfig, world_size: int) -> None:
                 f"actor_rollout_ref.rollout.{key} is {getattr(rollout, key)} and runtime.colocate is true: engines "
                 "live where the policy does; leave it out, or set runtime.colocate=false"
             )
+
+
+def _check_reference(config: RunConfig) -> None:
+    """One with ranks of its own has the policy's layout, on another number of replicas."""
+    ranks = config.actor_rollout_ref.ref.own_ranks
+    if not ranks:
+        return
+    named = f"actor_rollout_ref.ref.n_gpus_per_node asks for {ranks} ranks of the reference's own"
+    if config.runtime.name != "ray":
+        raise ConfigError(
+            f"{named}, and runtime.name is {config.runtime.name}, which has one kind of rank; use runtime=ray, or "
+            "leave it out: the reference then lives on the policy's ranks"
+        )
+    if not config.needs_reference:
+        raise ConfigError(
+            f"{named}, and nothing asks for its log-probs; leave it out, or set actor.use_kl_loss or "
+            "algorithm.use_kl_in_reward with a coefficient above 0"
+        )
+    size = config.actor_rollout_ref.actor.megatron.model_parallel_size
+    if ranks % size:
+        raise ConfigError(
+            f"{named}, and one replica of the policy's layout takes {size}; give a multiple of {size} "
+            f"({_multiples(ranks, size)})"
+        )
 
 
 def _check_batches(config: RunConfig, world_size: int) -> None:

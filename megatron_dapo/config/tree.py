@@ -73,6 +73,10 @@ class AlgorithmConfig:
     kl_ctrl: KLControlConfig = field(default_factory=KLControlConfig)
     filter_groups: FilterGroupsConfig = field(default_factory=FilterGroupsConfig)
 
+    @property
+    def kl_in_reward(self) -> bool:
+        return self.use_kl_in_reward and self.kl_ctrl.kl_coef != 0
+
     def __post_init__(self) -> None:
         filtering = self.filter_groups
         if filtering.enable and filtering.metric == "seq_final_reward" and not self.use_kl_in_reward:
@@ -225,6 +229,10 @@ class ActorConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
 
+    @property
+    def kl_in_loss(self) -> bool:
+        return self.use_kl_loss and self.kl_loss_coef != 0
+
     def __post_init__(self) -> None:
         at_least(self, 1, "ppo_mini_batch_size", "ppo_epochs", "ppo_max_token_len_per_gpu")
         at_least(self, 1, "ppo_micro_batch_size_per_gpu")
@@ -334,9 +342,16 @@ class RolloutConfig:
 class RefConfig:
     log_prob_use_dynamic_bsz: bool = True
     log_prob_max_token_len_per_gpu: int | None = None  # ppo_max_token_len_per_gpu if absent
+    n_gpus_per_node: int | None = None  # actors of its own under Ray; absent: on the policy's, swapped with host memory
+    nnodes: int = 1  # where those actors are
+
+    @property
+    def own_ranks(self) -> int:
+        """0 where the reference lives on the policy's ranks."""
+        return self.nnodes * (self.n_gpus_per_node or 0)
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "log_prob_max_token_len_per_gpu")
+        at_least(self, 1, "log_prob_max_token_len_per_gpu", "n_gpus_per_node", "nnodes")
 
 
 @dataclass(frozen=True)
@@ -440,3 +455,13 @@ class RunConfig:
     custom_reward_function: CustomRewardFunctionConfig = field(default_factory=CustomRewardFunctionConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    @property
+    def needs_reference(self) -> bool:
+        """A KL term is part of the loss or of the rewards."""
+        return self.algorithm.kl_in_reward or self.actor_rollout_ref.actor.kl_in_loss
+
+    @property
+    def shares_reference(self) -> bool:
+        """The reference lives on the policy's ranks."""
+        return self.needs_reference and not self.actor_rollout_ref.ref.own_ranks

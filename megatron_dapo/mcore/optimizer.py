@@ -30,10 +30,9 @@ def wrap_for_training(chunks: Sequence[GPTModel], config: MegatronConfig) -> lis
         overlap_param_gather=config.overlap_param_gather,
         grad_reduce_in_fp32=True,
     )
-    modules = [Float16Module(transformer, chunk) if transformer.bf16 else chunk for chunk in chunks]
     wrapped = [
         DistributedDataParallel(transformer, ddp_config, module, disable_bucketing=index > 0)
-        for index, module in enumerate(modules)
+        for index, module in enumerate(wrap_precision(chunks))
     ]
     transformer.finalize_model_grads_func = finalize_model_grads
     if config.overlap_grad_reduce:
@@ -41,6 +40,11 @@ def wrap_for_training(chunks: Sequence[GPTModel], config: MegatronConfig) -> lis
     if config.overlap_param_gather:
         transformer.param_sync_func = _one_or_all([module.start_param_sync for module in wrapped])
     return wrapped
+
+
+def wrap_precision(chunks: Sequence[GPTModel]) -> list[torch.nn.Module]:
+    """Megatron's casts between float32 and bfloat16 around each chunk, where it computes in bfloat16."""
+    return [Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk for chunk in chunks]
 
 
 def build_optimizer(

@@ -92,7 +92,7 @@ def memory_plan(
     chosen = sorted({0, stages // 2 if stages > 2 else 0, stages - 1})
     found = tuple(_stage(config, shape, engine, stage, held_by_stage(stage), micro_batches) for stage in chosen)
     offloaded = [_offloaded(config, stage.held) for stage in found]
-    reference = [stage.held.weights if needs_reference(config) else 0.0 for stage in found]
+    reference = [stage.held.weights if config.shares_reference else 0.0 for stage in found]
     return MemoryPlan(
         stages=found,
         engine=engine,
@@ -179,12 +179,6 @@ def micro_batch_size(config: RunConfig, limit: int | None = None) -> MicroBatchS
     return MicroBatchSize(tokens, tokens, actor.ppo_micro_batch_size_per_gpu)
 
 
-def needs_reference(config: RunConfig) -> bool:
-    actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
-    in_reward = algorithm.use_kl_in_reward and algorithm.kl_ctrl.kl_coef != 0
-    return in_reward or (actor.use_kl_loss and actor.kl_loss_coef != 0)
-
-
 def item_size(config: RunConfig) -> int:
     return 2 if config.actor_rollout_ref.actor.megatron.params_dtype == "bfloat16" else 4
 
@@ -205,7 +199,7 @@ def _stage(
     asleep = {"engine asleep": engine.asleep} if colocated else {}
     head = head_bytes(shape, megatron, update, True) if last else 0.0
     plain = head_bytes(shape, megatron, log_prob, False) if last else 0.0
-    swap = {"reference swap": held.largest} if needs_reference(config) else {}
+    swap = {"reference swap": held.largest} if config.shares_reference else {}
     saved = saved_peak(shape, megatron, "te", update, stage, micro_batches)
     phases = {
         "rollout": kept | awake,

@@ -14,14 +14,7 @@ from megatron_dapo.config.tree import ConfigError, RunConfig
 from megatron_dapo.mcore.families import ModelShape
 from megatron_dapo.plan.engine_sim import EngineModel
 from megatron_dapo.plan.hardware import Cluster
-from megatron_dapo.plan.memory import (
-    EngineMemory,
-    MemoryPlan,
-    cache_bytes_a_token,
-    item_size,
-    model_elements,
-    needs_reference,
-)
+from megatron_dapo.plan.memory import EngineMemory, MemoryPlan, cache_bytes_a_token, item_size, model_elements
 from megatron_dapo.plan.rollout_sim import PolicyOutcome, RolloutSettings, simulate
 from megatron_dapo.plan.training_time import Packer, TrainingModel, TrainingTime
 from megatron_dapo.plan.workload import Workload, kept_share
@@ -53,23 +46,26 @@ class Placement:
     policy: int
     rollout: int  # the same ones where they are colocated
     engines: int
+    reference: int  # of its own; 0: it lives on the policy's
 
 
 def placement(config: RunConfig, cluster: Cluster) -> Placement:
     """Raises ConfigError where nothing is left for the policy, or engines do not divide their GPUs."""
-    rollout = config.actor_rollout_ref.rollout
+    rollout, ref = config.actor_rollout_ref.rollout, config.actor_rollout_ref.ref
     tp = 1 if rollout.name == "torch" else rollout.tensor_model_parallel_size
-    if config.runtime.colocate:
-        gpus = policy = cluster.world_size
-    else:
-        gpus = (rollout.nnodes or 1) * (rollout.n_gpus_per_node or tp)
-        policy = cluster.world_size - (rollout.nnodes or 1) * cluster.gpus_per_node
+    others = {"ref.nnodes": ref.nnodes} if ref.own_ranks else {}
+    if not config.runtime.colocate:
+        others["rollout.nnodes"] = rollout.nnodes or 1
+    policy = cluster.world_size - sum(others.values()) * cluster.gpus_per_node
+    gpus = policy if config.runtime.colocate else (rollout.nnodes or 1) * (rollout.n_gpus_per_node or tp)
     if policy < 1 or gpus % tp:
+        beside = " and ".join(f"{name} {number}" for name, number in others.items())
         raise ConfigError(
-            f"{cluster.nodes} nodes of {cluster.gpus_per_node} GPUs leave {policy} for the policy beside rollout.nnodes"
-            f" {rollout.nnodes or 1}, and {gpus} for engines of {tp} GPUs: give more nodes, or engines that divide"
+            f"{cluster.nodes} nodes of {cluster.gpus_per_node} GPUs leave {policy} for the policy"
+            f"{' beside ' if beside else ''}{beside}, and {gpus} for engines of {tp} GPUs: give more nodes, or engines "
+            "that divide"
         )
-    return Placement(policy, gpus, gpus // tp)
+    return Placement(policy, gpus, gpus // tp, ref.own_ranks)
 
 
 def workload_of(config: RunConfig, cluster: Cluster) -> Workload:
@@ -129,12 +125,18 @@ def timeline(
     model = TrainingModel(config, shape, cluster, place.policy, packer)
     lengths = np.concatenate([step.lengths for step in rollout.steps])
     wanted = config.data.train_batch_size * workload.n
-    training = model.step(lengths[-wanted:], workload.prompt, fullest, needs_reference(config))
+    training = model.step(lengths[-wanted:], workload.prompt, fullest)
+    reference = 0.0
+    if config.needs_reference:
+        on = TrainingModel(config, shape, cluster, place.reference or place.policy, packer)
+        reference = on.reference(lengths[-wanted:], workload.prompt)
+        if place.reference:  # the policy's own log-probs are computed at the same time
+            reference = max(0.0, reference - training.log_probs)
     freq = config.trainer.test_freq
     phases = {
         "rollout": rollout.seconds,
         "old log-probs": training.log_probs,
-        "reference log-probs": training.reference,
+        "reference log-probs": reference,
         "updates": training.update,
         "weight sync": weight_sync_seconds(config, shape, cluster, place),
         "offloading": 2 * memory.host_bytes / cluster.assumptions.pcie if config.runtime.colocate else 0.0,

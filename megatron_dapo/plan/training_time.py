@@ -33,7 +33,6 @@ class PassTime:
 @dataclass(frozen=True)
 class TrainingTime:
     log_probs: float
-    reference: float
     update: float  # all of a step's
     update_pass: PassTime  # means over the step's updates
     gradient_sync: float  # of them: reduction of gradients and gather of weights
@@ -74,17 +73,16 @@ class TrainingModel:
         self.dp = world_size // self.megatron.model_parallel_size
         self.item = item_size(config)
 
-    def step(self, lengths: np.ndarray, prompt: int, held: Held, with_reference: bool) -> TrainingTime:
+    def step(self, lengths: np.ndarray, prompt: int, held: Held) -> TrainingTime:
         """`lengths` [S]: responses of a step in accepted order, group by group; `held` by the fullest stage."""
         actor = self.config.actor_rollout_ref.actor
-        rollout, ref = self.config.actor_rollout_ref.rollout, self.config.actor_rollout_ref.ref
+        rollout = self.config.actor_rollout_ref.rollout
         whole = lengths + prompt
         mini = actor.ppo_mini_batch_size * rollout.n
         parts = [whole[start : start + mini] for start in range(0, len(whole), mini)]
         limit = actor.ppo_max_token_len_per_gpu
         first = {"recompute": 0, "rollout": len(whole), "first_minibatch_free": mini}[actor.old_log_prob]
-        rest, reference = whole[first:], whole if with_reference else whole[:0]
-        log_probs = self.passes(rest, rollout.log_prob_max_token_len_per_gpu or limit, False).seconds
+        log_probs = self.passes(whole[first:], rollout.log_prob_max_token_len_per_gpu or limit, False).seconds
         updates = [self.passes(part, limit, True) for part in parts]
         seconds = sum(update.seconds for update in updates)
         sync, adam = self._gradient_sync(held, seconds / len(updates)), self._adam(held)
@@ -96,12 +94,17 @@ class TrainingModel:
         )
         return TrainingTime(
             log_probs=log_probs,
-            reference=self.passes(reference, ref.log_prob_max_token_len_per_gpu or limit, False).seconds,
             update=seconds * actor.ppo_epochs + count * (sync + adam),
             update_pass=mean,
             gradient_sync=count * sync,
             optimizer=count * adam,
         )
+
+    def reference(self, lengths: np.ndarray, prompt: int) -> float:
+        """Seconds of the frozen reference's pass over the same."""
+        section = self.config.actor_rollout_ref
+        limit = section.ref.log_prob_max_token_len_per_gpu or section.actor.ppo_max_token_len_per_gpu
+        return self.passes(lengths + prompt, limit, False).seconds
 
     def passes(self, lengths: np.ndarray, limit: int, with_backward: bool) -> PassTime:
         """Packed as the trainer packs them, then 1F1B: a rank's micro-batches, and the pipeline filled and drained."""

@@ -72,7 +72,7 @@ def no_room(wanted: Sequence[Placement], nodes: Sequence[Resources], free: Resou
         f"Wanted: {' and '.join(f'{w.nodes} x ({_words(w.bundles()[0])})' for w in wanted)}, each on one node. "
         f"The cluster has {there}. Free now: {_words(free)}. "
         "Wait for other runs to end, add nodes, or lower trainer.nnodes and trainer.n_gpus_per_node (and those of "
-        "actor_rollout_ref.rollout where it has actors of its own); "
+        "actor_rollout_ref.rollout and .ref where they have actors of their own); "
         "runtime.placement_timeout says how long to wait"
     )
 

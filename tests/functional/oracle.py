@@ -33,6 +33,9 @@ class Answer:
     logp_stepped: FloatArray  # [N]
 
 
+_SCALES = (1.0, 1.3, 1.5, 1.9)  # of the loss; no powers of 2, which round nothing otherwise
+
+
 def load(path: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
 
@@ -64,6 +67,7 @@ def answer(path: Path, problem: Problem, formula: Formula, lr: float, clip: floa
 def bf16_error(path: Path, problem: Problem, formula: Formula, exact: Answer) -> dict[str, float]:
     """How far transformers itself is from `exact` when it computes in bfloat16, in the measures of the ranks."""
     model = load(path, torch.bfloat16)
+    norm = max(abs(_bf16_norm(model, problem, formula, scale) / exact.grad_norm - 1) for scale in _SCALES)
     _, _, logp, _, grads = _gradient(model, problem, formula)
     largest = max(grad.abs().max().item() for grad in exact.grads.values())
     gaps = {name: (grad.float() - exact.grads[name]) for name, grad in grads.items()}
@@ -73,8 +77,15 @@ def bf16_error(path: Path, problem: Problem, formula: Formula, exact: Answer) ->
         "gradient": max((gap.abs().max() / exact.grads[name].abs().max()).item() for name, gap in gaps.items()),
         "gradient distance": max((gap.norm() / exact.grads[name].norm()).item() for name, gap in gaps.items()),
         "gradient among all": among_all,
+        "gradient norm": norm,
         "step": among_all,  # one step is the gradient times a number
     }
+
+
+def _bf16_norm(model: torch.nn.Module, problem: Problem, formula: Formula, scale: float) -> float:
+    """Of the gradient, with the loss scaled, which changes nothing but what is rounded to what."""
+    grads = _gradient(model, problem, formula, scale)[-1]
+    return torch.stack([grad.float().norm() for grad in grads.values()]).norm().item() / scale
 
 
 def _logp_of(model: torch.nn.Module, batch: SequenceBatch, temperature: float) -> FloatArray:
@@ -97,9 +108,10 @@ def _logp_and_entropy(
 
 
 def _gradient(
-    model: torch.nn.Module, problem: Problem, formula: Formula
+    model: torch.nn.Module, problem: Problem, formula: Formula, scale: float = 1.0
 ) -> tuple[float, float, FloatArray, FloatArray, dict[str, torch.Tensor]]:
-    """(loss, size of its terms, log-probs, entropies, gradients); the gradients are the parameters' own."""
+    """(loss, size of its terms, log-probs, entropies, gradients); the gradients are the parameters' own, and those of
+    the loss times `scale`."""
     model.zero_grad()
     batch, losses, logps, entropies = problem.sequences, [], [], []
     for index in range(len(batch)):
@@ -110,7 +122,7 @@ def _gradient(
     counted = list(_counted(problem, losses, formula))
     loss = OBJECTIVES[formula.agg_mode, formula.scale](counted)
     size = OBJECTIVES[formula.agg_mode, formula.scale]([[part.abs() for part in group] for group in counted])
-    loss.backward()
+    (scale * loss).backward()
     grads = _gradients(dict(model.named_parameters()))
     return float(loss.item()), float(size.item()), np.concatenate(logps), np.concatenate(entropies), grads
 

@@ -2,8 +2,10 @@
 
 In fp32 to 1e-5. In bf16 against the same answers in fp32, for a model whose weights bfloat16 holds exactly:
 
-- the loss, the entropies, the gradient's norm and the mean error of the log-probs, before and after a step, to 2e-3.
-  They are sums in which rounding averages out, so an error of the layout would show in them.
+- the loss, the entropies and the mean error of the log-probs, before and after a step, to 2e-3. They are sums in which
+  rounding averages out, so an error of the layout would show in them.
+- the gradient's norm to 2e-3, or where that cannot be had, as in models of eight layers, as near as transformers comes
+  in bfloat16 on one process: its worst of four scales of the loss, for the errors of a single number cancel by chance.
 - single log-probs, gradients and the step cannot be had to 2e-3 by anyone: one rounding to bfloat16 is an error of up
   to 2^-9 = 2e-3, and there are dozens in a row. Their bound is twice the error that transformers itself makes when it
   computes the same in bfloat16 on one process: worst token against worst token, worst parameter against worst
@@ -78,6 +80,7 @@ def test_in_bf16_every_layout_is_as_near_to_fp32_as_rounding_allows(
 
 def beyond_bf16(found: Deviations, of_transformers: Deviations) -> Deviations:
     bounds = {what: BF16_FACTOR * error for what, error in of_transformers.items()}
+    bounds["gradient norm"] = max(BF16_TOLERANCE, of_transformers["gradient norm"])
     return {what: gap for what, gap in found.items() if not gap <= bounds.get(what, BF16_TOLERANCE)}
 
 

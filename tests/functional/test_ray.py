@@ -241,6 +241,21 @@ def test_engines_on_ranks_of_their_own_make_the_same_run(
     assert metrics(tmp_path) == metrics(torchrun["DP2"])
 
 
+def test_a_reference_on_ranks_of_its_own_makes_the_same_run(cluster: str, config: Path, tmp_path: Path) -> None:
+    kl = [
+        "algorithm.use_kl_in_reward=true",
+        "algorithm.kl_ctrl.kl_coef=0.1",
+        "actor_rollout_ref.actor.use_kl_loss=true",
+        "actor_rollout_ref.actor.kl_loss_coef=0.1",
+    ]
+    places = {"shared": [], "own": ["actor_rollout_ref.ref.n_gpus_per_node=2"]}
+    runs = {name: under_ray(config, tmp_path / name, cluster, *kl, *place) for name, place in places.items()}
+    for run in runs.values():
+        finish(run)
+    assert metrics(tmp_path / "own") == metrics(tmp_path / "shared")
+    assert metrics(tmp_path / "own")[-1]["actor/kl_loss"] > 0
+
+
 @pytest.mark.slow
 def test_a_killed_driver_is_started_again_and_goes_on_to_the_same_last_bit(
     cluster: str, config: Path, torchrun: dict[str, Path], tmp_path: Path

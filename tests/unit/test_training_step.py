@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -31,6 +31,7 @@ from megatron_dapo.types import (
     Sample,
     SequenceBatch,
 )
+from megatron_dapo.workers.reference_group import SharedReference
 
 VERSION = 5
 IN_REWARD = AlgorithmConfig(use_kl_in_reward=True, kl_ctrl=KLControlConfig(kl_coef=0.5), kl_penalty="kl")
@@ -86,7 +87,7 @@ def rules_of(algorithm: AlgorithmConfig | None = None, **actor: object) -> StepR
 
 
 def prepare(policy: WrittenPolicy, rules: StepRules) -> PreparedStep:
-    return prepare_step(policy.groups, policy, rules, Timers())
+    return prepare_step(policy.groups, policy, SharedReference(policy), rules, Timers())
 
 
 def old_logp(updates: Sequence[Update]) -> FloatArray:
@@ -239,7 +240,7 @@ def test_a_kl_in_the_reward_changes_rewards_and_advantages_alone():
 def test_rewards_that_the_sampler_made_final_get_no_second_kl():
     algorithm = replace(IN_REWARD, filter_groups=FilterGroupsConfig(enable=True, metric="seq_final_reward"))
     policy = WrittenPolicy(GROUPS, over_reference=1.0)
-    final = final_rewards(GROUPS, policy, algorithm)
+    final = final_rewards(GROUPS, policy, SharedReference(policy), algorithm)
     assert rewards_of(final)[0] == pytest.approx(0.0, abs=1e-5)
     again = WrittenPolicy(final, over_reference=1.0)
     assert prepare(again, rules_of(algorithm)).groups == tuple(final)
@@ -248,5 +249,24 @@ def test_rewards_that_the_sampler_made_final_get_no_second_kl():
 
 def test_the_time_of_each_pass_is_its_own_phase():
     timers = Timers()
-    prepare_step(GROUPS, WrittenPolicy(GROUPS), rules_of(IN_REWARD), timers)
+    policy = WrittenPolicy(GROUPS)
+    prepare_step(GROUPS, policy, SharedReference(policy), rules_of(IN_REWARD), timers)
     assert {"seconds/old_log_prob", "seconds/ref_log_prob"} <= timers.flush().keys()
+
+
+class BusyReference:
+    """Has ranks of its own: it works from when it is started."""
+
+    def __init__(self, calls: list[str]):
+        self.calls = calls
+
+    def start_log_probs(self, sequences: SequenceBatch) -> Callable[[], FloatArray]:
+        self.calls.append("reference starts")
+        return lambda: self.calls.append("reference ends") or np.zeros(int(sequences.cu_responses[-1]), np.float32)
+
+
+def test_a_reference_with_ranks_of_its_own_works_while_the_policy_does():
+    policy, timers = WrittenPolicy(GROUPS), Timers()
+    prepare_step(GROUPS, policy, BusyReference(policy.calls), rules_of(IN_REWARD), timers)
+    final_rewards(GROUPS, policy, BusyReference(policy.calls), IN_REWARD)
+    assert policy.calls == ["reference starts", "policy", "reference ends"] * 2

@@ -10,6 +10,8 @@ from megatron_dapo.config.tree import ConfigError, RunConfig
 
 ACTOR = "actor_rollout_ref.actor"
 MEGATRON = f"{ACTOR}.megatron"
+REF = "actor_rollout_ref.ref"
+REFERENCE = ["runtime=ray", f"{ACTOR}.use_kl_loss=true", f"{ACTOR}.kl_loss_coef=0.1"]
 LISTS = Path(__file__).parents[2] / "data" / "recipe_overrides"
 
 
@@ -56,6 +58,21 @@ def test_the_defaults_fit_any_number_of_ranks(world_size):
             1,
             ["algorithm.use_kl_in_reward=true", f"{ACTOR}.old_log_prob=first_minibatch_free"],
             r"use_kl_in_reward is true and .*old_log_prob is first_minibatch_free: .* use old_log_prob=recompute",
+        ),
+        (
+            1,
+            [f"{REF}.n_gpus_per_node=2", f"{ACTOR}.use_kl_loss=true", f"{ACTOR}.kl_loss_coef=0.1"],
+            r"asks for 2 ranks of the reference's own, and runtime.name is spmd, .* use runtime=ray, or leave it out",
+        ),
+        (
+            1,
+            ["runtime=ray", f"{REF}.n_gpus_per_node=2", f"{ACTOR}.use_kl_loss=true"],
+            r"ref.n_gpus_per_node asks for 2 ranks of the reference's own, and nothing asks for its log-probs; leave",
+        ),
+        (
+            4,
+            [*REFERENCE, f"{REF}.n_gpus_per_node=3", f"{REF}.nnodes=2", f"{MEGATRON}.tensor_model_parallel_size=4"],
+            r"ref.n_gpus_per_node asks for 6 ranks .* one replica of the policy's layout takes 4; .* \(4 or 8\)",
         ),
         (12, ["trainer.n_gpus_per_node=8"], r"world size 12 does not fit trainer.n_gpus_per_node 8 = 8; start"),
         (

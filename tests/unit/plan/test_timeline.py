@@ -23,6 +23,15 @@ def test_separate_engines_take_nodes_of_their_own() -> None:
         placement(run_32b(runtime__colocate=False, rollout__nnodes=16, rollout__n_gpus_per_node=8), cluster_of())
 
 
+def test_a_reference_of_its_own_takes_nodes_of_its_own_too() -> None:
+    kl = {"actor__use_kl_loss": True, "actor__kl_loss_coef": 0.1, "ref__nnodes": 4, "ref__n_gpus_per_node": 8}
+    found = placement(run_32b(**kl), cluster_of())
+    assert (found.policy, found.rollout, found.engines, found.reference) == (96, 96, 24, 32)
+    engines = {"runtime__colocate": False, "rollout__nnodes": 12, "rollout__n_gpus_per_node": 8}
+    with pytest.raises(ConfigError, match=r"leave 0 for the policy beside ref.nnodes 4 and rollout.nnodes 12"):
+        placement(run_32b(**kl, **engines), cluster_of())
+
+
 def test_a_decode_step_reads_the_weights_and_the_cache_once() -> None:
     config, cluster = run_32b(), cluster_of(assume=("hbm_efficiency=1", "decode_efficiency=1", "decode_layer_s=0"))
     found = engine_model(config, QWEN_32B, cluster, engine_memory(config, QWEN_32B, cluster))

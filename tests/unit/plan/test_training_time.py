@@ -74,7 +74,7 @@ def test_log_probs_are_computed_for_as_many_as_the_setting_asks() -> None:
     lengths = np.full(8192, 3000)
 
     def seconds(old: str) -> float:
-        return model(actor__old_log_prob=old).step(lengths, 200, HELD, with_reference=False).log_probs
+        return model(actor__old_log_prob=old).step(lengths, 200, HELD).log_probs
 
     assert seconds("rollout") == 0
     assert seconds("first_minibatch_free") == pytest.approx(seconds("recompute") * 15 / 16, rel=0.03)
@@ -82,10 +82,10 @@ def test_log_probs_are_computed_for_as_many_as_the_setting_asks() -> None:
 
 def test_gradients_are_reduced_and_weights_gathered_once_an_update() -> None:
     slow = replace(ideal(), card=replace(ideal().card, network=1e9))
-    found = model(slow).step(np.full(8192, 3000), 200, HELD, with_reference=False)
+    found = model(slow).step(np.full(8192, 3000), 200, HELD)
     assert found.gradient_sync == pytest.approx(16 * (8e9 + 4e9) * 7 / 8 / 0.7e9)
     hidden = {"actor__megatron__overlap_grad_reduce": True, "actor__megatron__overlap_param_gather": True}
-    assert model(**hidden).step(np.full(8192, 3000), 200, HELD, False).gradient_sync == 0
+    assert model(**hidden).step(np.full(8192, 3000), 200, HELD).gradient_sync == 0
 
 
 def test_the_slowest_rank_is_waited_for() -> None:

@@ -11,8 +11,10 @@ import torch
 import transformers
 
 from megatron_dapo.config.tree import MegatronConfig, OptimConfig
+from megatron_dapo.mcore.parallel import shutdown
 from megatron_dapo.types import CheckpointError
 from megatron_dapo.workers.policy import PolicyWorker, SaveOrder, UpdateShard, UpdateStats
+from megatron_dapo.workers.reference import ReferenceWorker
 from tests.functional import oracle
 from tests.functional.tiny_models import make_rollouts, save_tiny_model
 from tests.unit.mcore.helpers import save_model
@@ -86,6 +88,18 @@ def test_the_reference_keeps_the_first_weights(model: Path):
         assert (a.logp == b.logp).all()
         assert (c.logp == d.logp).all()
         assert (a.logp != c.logp).any()
+
+
+def test_a_reference_with_ranks_of_its_own_is_the_policy_at_its_start_to_the_last_bit(model: Path):
+    for dtype in ("float32", "bfloat16"):
+        settings = settings_of(model, megatron=MegatronConfig(params_dtype=dtype))
+        with policy_worker(settings) as worker:
+            wanted = worker.log_probs(tuple(SPLIT))
+        try:
+            found = ReferenceWorker(settings).log_probs(tuple(SPLIT))
+        finally:
+            shutdown()
+        assert all((a.logp == b.logp).all() for a, b in zip(wanted, found, strict=True))
 
 
 def test_training_goes_on_from_a_saved_state(model: Path, tmp_path: Path):

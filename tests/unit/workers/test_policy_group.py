@@ -62,6 +62,20 @@ def stats_of(batch: SequenceBatch) -> TokenStats:
 
 
 @dataclass
+class ScriptedHandle:
+    values: list[Any]  # [rank] the returned value, or the generator
+    arrival: Sequence[int]
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        for rank in self.arrival:
+            for item in self.values[rank]:
+                yield rank, item
+
+    def result(self) -> list[Any]:
+        return self.values
+
+
+@dataclass
 class ScriptedGroup:
     """Ranks in this process. What they yield arrives rank by rank in the order `arrival`."""
 
@@ -72,15 +86,12 @@ class ScriptedGroup:
     def size(self) -> int:
         return len(self.ranks)
 
-    def start(self, method: Callable[..., Any], shards: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-        assert len(shards) == self.size
-        for rank in self.arrival:
-            for item in getattr(self.ranks[rank], method.__name__)(shards[rank]):
-                yield rank, item
+    def start(self, method: Callable[..., Any], shards: Sequence[Any]) -> ScriptedHandle:
+        pairs = zip(self.ranks, shards, strict=True)
+        return ScriptedHandle([getattr(rank, method.__name__)(shard) for rank, shard in pairs], self.arrival)
 
     def call(self, method: Callable[..., Any], shards: Sequence[Any]) -> list[Any]:
-        pairs = zip(self.ranks, shards, strict=True)
-        return [getattr(rank, method.__name__)(shard) for rank, shard in pairs]
+        return self.start(method, shards).result()
 
     def call_all(self, method: Callable[..., Any], argument: Any = None) -> list[Any]:
         return self.call(method, [argument] * self.size)
