@@ -161,7 +161,7 @@ class Trainer:
             return False
         with self.timers.phase("publish"):
             self.saver.poll()
-        with self.timers.phase("sync"):
+        with self.timers.phase("turns"):
             self.turns.policy_begins()
         prepared = prepare_step(batch.groups, self.policy, self.reference, self.rules, self.timers)
         with self.timers.phase("update"):
@@ -169,9 +169,9 @@ class Trainer:
             updates = list(self.policy.update(prepared.updates, lr, report_first=prepared.measured_later))
         mismatch = prepared.mismatch(self.progress.weight_version, updates[0].logp)
         self.progress = self.progress.after(updates)
-        with self.timers.phase("sync"):
+        with self.timers.phase("turns"):
             self.turns.weights_change_hands()
-            self._push()
+        self._push()
         metrics = _metrics(batch, prepared, updates, lr) | ({} if mismatch is None else mismatch.metrics())
         if self._due(self.config.test_freq) and self.evaluator is not None:
             metrics |= self._evaluate()
@@ -193,8 +193,10 @@ class Trainer:
         return not batch.exhausted
 
     def _push(self) -> None:
-        self.sync.push(self.progress.weight_version)
-        self.turns.engines_begin()
+        with self.timers.phase("sync"):
+            self.sync.push(self.progress.weight_version)
+        with self.timers.phase("turns"):
+            self.turns.engines_begin()
 
     def _rollout(self) -> tuple[StepGroups, int]:
         """The step's groups, and how many response tokens were written for them."""

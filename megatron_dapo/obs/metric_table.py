@@ -86,6 +86,8 @@ METRICS: dict[str, Metric] = {
     "seconds/step_cpu": Metric("s", "CPU time of the trainer's process in the step"),
     "seconds/save": Metric("s", "training stood still for the checkpoint that was begun after the step before"),
     "seconds/publish": Metric("s", "training stood still to look after a checkpoint that is being written"),
+    "seconds/sync": Metric("s", "the new weights' way into the engines"),
+    "seconds/turns": Metric("s", "policy and engines gave each other room on the devices: sleep, wake, offloading"),
     "seconds/{phase}": Metric("s", "wall time of a phase; one inside another is written outer/inner"),
     "val/{source}/avg@{k}": Metric("share", "right responses, k a problem"),
     "val/{source}/pass@{k}": Metric("share", "problems with a right response among k"),
