@@ -25,9 +25,8 @@ from megatron_dapo.mcore.save_plan import Planning
 from megatron_dapo.mcore.weights import load_hf, local_parameters
 from megatron_dapo.types import MicroBatch
 from megatron_dapo.workers.policy import PolicySettings, PolicyWorker, SaveOrder, UpdateShard, UpdateStats
+from tests.functional.megatron_groups import forget_layout
 from tests.functional.tiny_models import make_rollouts, token_terms
-
-from megatron.core import parallel_state  # isort: skip  (megatron_dapo.mcore makes it importable without CUDA)
 
 
 def main(jobs_file: str) -> None:
@@ -58,7 +57,7 @@ def run(job: dict[str, Any]) -> None:
     after = dict(worker.export())
     if dist.get_rank() == 0:
         torch.save({"before": before, "after": after, "norm": stats.grad_norm}, job["out"])
-    parallel_state.destroy_model_parallel()
+    forget_layout()
 
 
 def save(worker: PolicyWorker, path: str) -> None:

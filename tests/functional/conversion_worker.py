@@ -25,8 +25,9 @@ from megatron_dapo.mcore.model import build_model
 from megatron_dapo.mcore.model_load import load_model
 from megatron_dapo.mcore.parallel import initialize
 from megatron_dapo.mcore.weights import load_hf, local_parameters
+from tests.functional.megatron_groups import forget_layout
 
-from megatron.core import dist_checkpointing, parallel_state  # isort: skip  (megatron_dapo.mcore makes it importable)
+from megatron.core import dist_checkpointing  # isort: skip  (megatron_dapo.mcore makes it importable)
 
 
 def main(cases_file: str, report: str) -> None:
@@ -57,7 +58,7 @@ def run(case: dict[str, Any]) -> list[str]:
     dist_checkpointing.save({str(i): chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}, case["saved"])
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, differing)
-    parallel_state.destroy_model_parallel()
+    forget_layout()
     return sorted({name for names in everywhere for name in names})
 
 

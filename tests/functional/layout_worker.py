@@ -36,10 +36,7 @@ from megatron_dapo.workers.policy import PolicySettings, PolicyWorker, UpdateSha
 from tests.functional.forked_ranks import run_ranks
 from tests.functional.layout_cases import CLIP, LR, Deviations, Job
 from tests.functional.layout_faults import planted, weights_off_by_one
-
-# isort: split
-# Megatron needs the CPU device that importing megatron_dapo.mcore installs.
-from megatron.core import parallel_state
+from tests.functional.megatron_groups import forget_layout
 
 # Adam without momentum and with a huge epsilon is plain gradient descent: its step is rate · g / (|g| + epsilon),
 # which is (rate / epsilon) · g but for |g| / epsilon, under every optimizer that Megatron has.
@@ -74,7 +71,7 @@ def serve(connection: Connection) -> None:
         faulthandler.cancel_dump_traceback_later()
         everywhere: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everywhere, found)
-        parallel_state.destroy_model_parallel()
+        forget_layout()
         if dist.get_rank() == 0:
             connection.send({key: _worst(d[key] for d in everywhere if key in d) for d in everywhere for key in d})
     dist.destroy_process_group()

@@ -27,11 +27,8 @@ from megatron_dapo.plan.activations import MicroBatchSize, saved_peak
 from megatron_dapo.types import MicroBatch, SequenceBatch, TokenTerms
 from megatron_dapo.workers.policy import PolicySettings, PolicyWorker
 from tests.functional.forked_ranks import run_ranks
+from tests.functional.megatron_groups import forget_layout
 from tests.functional.saved_memory import SavedMemory
-
-# isort: split
-# Megatron needs the CPU device that importing megatron_dapo.mcore installs.
-from megatron.core import parallel_state
 
 LENGTHS, PROMPTS = (102, 54), (11, 7)  # tokens of a micro-batch's sequences; their last tokens are not computed
 
@@ -77,7 +74,7 @@ def serve(cases: list[dict[str, Any]], out_file: str) -> None:
     found = {}
     for case in cases:
         found[case["name"]] = real(case)
-        parallel_state.destroy_model_parallel()
+        forget_layout()
     Path(f"{out_file}.{dist.get_rank()}").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

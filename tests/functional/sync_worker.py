@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from megatron_dapo.algo.loss import PolicyLossConfig
 from megatron_dapo.config.tree import MegatronConfig, OptimConfig, WeightSyncConfig
@@ -33,10 +34,17 @@ from megatron_dapo.sync.verify import Probe
 from megatron_dapo.workers.policy import PolicySettings, PolicyWorker
 from megatron_dapo.workers.policy_group import MicroBatchLimits, PassLimits, PolicyGroup
 from megatron_dapo.workers.rollout import RolloutWorker
+from tests.functional.megatron_groups import forget_layout
 
-# isort: split
-# Megatron needs the CPU device that importing megatron_dapo.mcore installs.
-from megatron.core import parallel_state
+
+@dataclass(frozen=True)
+class Done:
+    """The handle of a call that has ended; nothing here streams."""
+
+    values: list[Any]  # [rank]
+
+    def result(self) -> list[Any]:
+        return self.values
 
 
 class EveryRankDrives:
@@ -45,16 +53,16 @@ class EveryRankDrives:
     def __init__(self, host: WorkerHost):
         self.host, self.size = host, dist.get_world_size()
 
-    def call(self, method: Callable[..., Any], shards: Sequence[Any]) -> list[Any]:
+    def start(self, method: Callable[..., Any], shards: Sequence[Any]) -> Done:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, self.host.run(method, shards[dist.get_rank()]))
-        return found
+        return Done(found)
+
+    def call(self, method: Callable[..., Any], shards: Sequence[Any]) -> list[Any]:
+        return self.start(method, shards).result()
 
     def call_all(self, method: Callable[..., Any], argument: Any = None) -> list[Any]:
         return self.call(method, [argument] * self.size)
-
-    def start(self, method: Callable[..., Any], shards: Sequence[Any]) -> Any:
-        raise NotImplementedError("nothing here streams")
 
 
 class Faulty:
@@ -90,7 +98,7 @@ def main(cases_file: str, out_file: str) -> None:
     found = {}
     for case in json.loads(Path(cases_file).read_text()):
         found[case["name"]] = run_case(case)
-        parallel_state.destroy_model_parallel()
+        forget_layout()
     if dist.get_rank() == 0:
         Path(out_file).write_text(json.dumps(found, indent=1))
     dist.barrier()
