@@ -106,10 +106,11 @@ def _on_ray(config: RunConfig, builds: Sequence[Build], drive: Callable[[Workers
 
     def share(build: Build) -> Share:
         if runtime.colocate or build is not build_rollout_host:
-            return Share(trainer.nnodes or 1, trainer.n_gpus_per_node or 1, partial(build, config))
+            name = "" if runtime.colocate else "policy"
+            return Share(trainer.nnodes or 1, trainer.n_gpus_per_node or 1, partial(build, config), name=name)
         width = rollout.tensor_model_parallel_size
         ranks = (rollout.n_gpus_per_node or width) // width
-        return Share(rollout.nnodes or 1, ranks, partial(build, config), devices_per_rank=width)
+        return Share(rollout.nnodes or 1, ranks, partial(build, config), devices_per_rank=width, name="engines")
 
     shares = [share(build) for build in builds]
     with RayRuntime.connect(runtime.address, runtime.placement_timeout, stall_seconds=trainer.stall_seconds) as cluster:

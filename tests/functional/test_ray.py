@@ -24,6 +24,7 @@ from megatron_dapo.runtime.placement import PlacementError
 from megatron_dapo.runtime.ray import RayGroup, RayRuntime, Share
 
 ROOT = Path(__file__).parents[2]
+STALLING = Path(__file__).with_name("stalling_run.py")
 MEGATRON = "actor_rollout_ref.actor.megatron"
 LAYOUTS = {"TP2": [f"{MEGATRON}.tensor_model_parallel_size=2"], "DP2": []}
 
@@ -282,6 +283,37 @@ def test_a_trainer_rank_that_is_killed_ends_the_run_by_name_and_the_next_start_g
     assert "died without a report" in said
     finish(under_ray(config, tmp_path, cluster, *settings))
     assert metrics(tmp_path)[:4] == metrics(torchrun["TP2"])[:4]
+
+
+@pytest.mark.parametrize(
+    ("fault", "ranks", "engines", "said"),
+    [
+        ("engine stalls in a push", 2, 1, ("rank 0 of the engines stood still for ", "while the policy waited")),
+        pytest.param(
+            "policy stalls in a push",
+            1,
+            2,
+            ("rank 0 of the policy stood still for ", "while the engines waited"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_one_side_that_stalls_in_a_push_is_named_and_the_next_start_goes_on(
+    cluster: str, config: Path, tmp_path: Path, fault: str, ranks: int, engines: int, said: tuple[str, str]
+) -> None:
+    sides = [f"trainer.n_gpus_per_node={ranks}", f"actor_rollout_ref.rollout.n_gpus_per_node={engines}"]
+    settings = ["runtime=ray", "runtime.colocate=false", *sides, "trainer.save_freq=1", "trainer.stall_seconds=6"]
+    whole = command(config, tmp_path, *settings, "trainer.val_before_train=false")
+    stalled = finish(start([str(STALLING), fault, *whole[2:]], cluster), 1)
+    assert f"RankStalledError: {said[0]}" in stalled
+    assert f"in exchange_weights, bucket 1 of 1 of the weights {said[1]}. Its stack:" in stalled
+    assert "in stuck_here" in stalled
+    assert "The next start goes on after step 1, from" in stalled
+    assert (tmp_path / "exit_status").read_text() == "1\n"
+    resumed = start(whole, cluster)
+    assert "resuming after step 1 from" in resumed.communicate(timeout=300)[0]
+    assert resumed.returncode == 0
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
 def _actors() -> list[psutil.Process]:
