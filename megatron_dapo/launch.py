@@ -33,6 +33,7 @@ from megatron_dapo.obs.summary import write_summary
 from megatron_dapo.rewards.failure_rate import RewardFailureRateError
 from megatron_dapo.rewards.pool import RewardWorkerError
 from megatron_dapo.rollout.failures import EngineFailedError, PortInUseError
+from megatron_dapo.runtime.cluster import ClusterError
 from megatron_dapo.runtime.group import WorkerError, WorkerGroup
 from megatron_dapo.runtime.host import WorkerHost
 from megatron_dapo.runtime.placement import PlacementError
@@ -48,6 +49,7 @@ from megatron_dapo.workers.policy_group import CheckpointWriteError
 ENDINGS = (
     CheckpointError,
     CheckpointWriteError,
+    ClusterError,
     DamagedCheckpointError,
     ForeignCheckpointError,
     EngineFailedError,

@@ -33,6 +33,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from megatron_dapo.progress import IDLE, PROGRESS, START_UP
+from megatron_dapo.runtime.cluster import HINT, LOGS, ClusterError, check_answers
 from megatron_dapo.runtime.devices import ENGINE_DEVICES, own_and_after
 from megatron_dapo.runtime.group import RankStalledError, WorkerError, rank_name
 from megatron_dapo.runtime.handle import CallHandle, check_start
@@ -80,12 +81,13 @@ class RayRuntime:
             stall_seconds: for which a rank may stand still while others wait for it; None: nobody looks.
 
         Raises:
-            ConnectionError: no cluster answers there.
+            ClusterError: no cluster answers there, Ray cannot join it, or cannot start here.
         """
         if address is None:
-            ray.init(address="local", include_dashboard=False)
+            _init("Ray does not start on this machine", LOGS, address="local", include_dashboard=False)
         else:
-            ray.init(address=address)
+            check_answers(address)
+            _init(f"Ray cannot join the cluster at {address}", HINT, address=address)
         return cls(placement_timeout, timeout, stall_seconds)
 
     def groups(self, wanted: Sequence[Share]) -> list[RayGroup]:
@@ -350,6 +352,13 @@ class _Rank:
 
     def stream(self, function: Callable[..., Any], argument: Any) -> Iterator[Any]:
         yield from self._host.stream(function, argument)
+
+
+def _init(failed: str, remedy: str, **settings: Any) -> None:
+    try:
+        ray.init(**settings)
+    except Exception as error:  # Ray raises many kinds, Exception itself among them
+        raise ClusterError(f"{failed}: {error}\n{remedy}") from error
 
 
 def _place(placements: Sequence[Placement], seconds: float) -> PlacementGroup:

@@ -213,6 +213,15 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_workspace(tmp_path_factory.mktemp("ray_runs"), tied=True)
 
 
+def test_a_cluster_that_is_not_there_ends_the_run_with_one_message(config: Path, tmp_path: Path) -> None:
+    said = finish(under_ray(config, tmp_path, "127.0.0.1:1"), 1)
+    (line,) = [line for line in said.splitlines() if "megatron-dapo:" in line]
+    assert line.startswith("megatron-dapo: ClusterError: no Ray cluster answers at 127.0.0.1:1: ")
+    assert "correct runtime.address or RAY_ADDRESS" in line
+    assert "Traceback" not in said
+    assert (tmp_path / "exit_status").read_text() == "1\n"
+
+
 @pytest.fixture(scope="module")
 def torchrun(cluster: str, config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Layout -> folder of its run under torchrun."""
