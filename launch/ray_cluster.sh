@@ -99,7 +99,8 @@ refuse_ended_head() {
   fi
 }
 
-# Start Ray and stay. On a busy machine Ray's agents may miss the 30 s that its raylet gives them: then once more.
+# Start Ray and stay. On a busy machine Ray's agents may miss the 15 s that its raylet gives each: then once more. The
+# time is fixed in Ray (https://github.com/ray-project/ray/issues/65983).
 run_node() {
   local tries=2 code started
   ray=

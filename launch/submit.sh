@@ -16,5 +16,13 @@ RAY_ADDRESS=${RAY_ADDRESS:-http://localhost:8265}
 WORKING_DIR=${WORKING_DIR:-$PWD}
 RUNTIME_ENV=${RUNTIME_ENV:-$WORKING_DIR/launch/runtime_env.yaml}
 
+# Ray's own answer would be a traceback.
+if [[ $RAY_ADDRESS =~ ^http://([A-Za-z0-9.-]+):([0-9]+)/?$ ]] &&
+  ! timeout 10 bash -c "exec 3<>/dev/tcp/${BASH_REMATCH[1]}/${BASH_REMATCH[2]}" 2>/dev/null; then
+  echo "megatron-dapo: no Ray dashboard answers at $RAY_ADDRESS: set RAY_ADDRESS to the one of the cluster's head," \
+    "http://HOST:8265, or start a head with one (DASHBOARD_PORT of launch/ray_cluster.sh)" >&2
+  exit 1
+fi
+
 exec ray job submit --address "$RAY_ADDRESS" --working-dir "$WORKING_DIR" --runtime-env "$RUNTIME_ENV" -- \
   python -m megatron_dapo train "$@" runtime=ray

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_dapo.algo.loss import PolicyLossConfig
 from megatron_dapo.algo.overlong import overlong_penalty
-from megatron_dapo.checkpoints.meta import Identity
-from megatron_dapo.checkpoints.resume import Found, find
-from megatron_dapo.checkpoints.saver import Saver, SaveRules, Snapshot
-from megatron_dapo.checkpoints.store import CheckpointStore
+from megatron_dapo.checkpoints.of_run import RunCheckpoints
 from megatron_dapo.config.convert import to_dict
-from megatron_dapo.config.tree import ConfigError, RunConfig, TrainerConfig
+from megatron_dapo.config.tree import ConfigError, RunConfig
 from megatron_dapo.data.dynamic_sampling import DynamicSampler, SamplerSettings
 from megatron_dapo.data.generation import GroupRollout
 from megatron_dapo.data.prompts import PromptDataset, load_prompts
@@ -31,7 +28,6 @@ from megatron_dapo.engines import make_engine, ranks_per_engine
 from megatron_dapo.evaluation import Evaluator
 from megatron_dapo.interrupts import Interrupts
 from megatron_dapo.manifest import SIDE
-from megatron_dapo.mcore.families import shape_of
 from megatron_dapo.mcore.fused_loss import Objective
 from megatron_dapo.mcore.hf_save import copy_side_files
 from megatron_dapo.mcore.model import DTYPES
@@ -157,7 +153,7 @@ def building_trainer(
     limits = _limits(config)
     policy = PolicyGroup(ranks.policy, limits)
     reference = OwnReference(reference_ranks, limits.reference) if reference_ranks else SharedReference(policy)
-    checkpoints = _Checkpoints.of(config, policy, console)
+    checkpoints = RunCheckpoints.of(config, policy, console)
     found = checkpoints.find(config.trainer.resume_mode)
     first_step = 0 if found is None else found.meta.step + 1
     interrupts = Interrupts()
@@ -206,45 +202,6 @@ def building_trainer(
             checkpoints.report(f"resuming after step {trainer.progress.step} from {found.path}{how}")
         stack.enter_context(interrupts.watched())
         yield trainer
-
-
-@dataclass(frozen=True)
-class _Checkpoints:
-    """Where a run's checkpoints are, and what they must agree with."""
-
-    store: CheckpointStore
-    fallback: CheckpointStore | None
-    policy: PolicyGroup
-    identity: Identity
-    report: Callable[[str], None]
-
-    @classmethod
-    def of(cls, config: RunConfig, policy: PolicyGroup, console: Console) -> _Checkpoints:
-        trainer, megatron = config.trainer, config.actor_rollout_ref.actor.megatron
-        model = asdict(shape_of(AutoConfig.from_pretrained(config.actor_rollout_ref.model.path)))
-        model["family"] = model["family"]["name"]
-        training = {
-            "params_dtype": megatron.params_dtype,
-            "use_distributed_optimizer": megatron.use_distributed_optimizer,
-        }
-        return cls(
-            CheckpointStore(trainer.default_local_dir),
-            CheckpointStore(trainer.fallback_local_dir) if trainer.fallback_local_dir else None,
-            policy,
-            Identity(policy.layout, model, training),
-            partial(console.print, markup=False, highlight=False, soft_wrap=True),
-        )
-
-    def find(self, resume_mode: str) -> Found | None:
-        """What a killed run left half done is cleared away first."""
-        stores = [self.store, *([self.fallback] if self.fallback else [])]
-        for store in stores:
-            store.recover()
-        return find(resume_mode, stores, self.identity, self.policy.digest_files, self.report)
-
-    def saver(self, config: TrainerConfig, snapshot: Callable[[], Snapshot]) -> Saver:
-        rules = SaveRules(config.async_save, config.save_total_limit)
-        return Saver(self.store, self.fallback, self.policy, self.identity, rules, snapshot, self.report)
 
 
 @contextmanager

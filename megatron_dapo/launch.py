@@ -34,6 +34,7 @@ from megatron_dapo.obs.summary import write_summary
 from megatron_dapo.rewards.failure_rate import RewardFailureRateError
 from megatron_dapo.rewards.pool import RewardWorkerError
 from megatron_dapo.rollout.failures import EngineFailedError, PortInUseError
+from megatron_dapo.runtime.cluster import ClusterError
 from megatron_dapo.runtime.group import WorkerError, WorkerGroup
 from megatron_dapo.runtime.host import WorkerHost
 from megatron_dapo.runtime.placement import PlacementError
@@ -49,6 +50,7 @@ from megatron_dapo.workers.policy_group import CheckpointWriteError
 ENDINGS = (
     CheckpointError,
     CheckpointWriteError,
+    ClusterError,
     DamagedCheckpointError,
     ForeignCheckpointError,
     EngineFailedError,
@@ -112,10 +114,11 @@ def _on_ray(config: RunConfig, builds: Sequence[Build], drive: Callable[[Workers
         if build is build_reference_host:
             return Share(ref.nnodes, ref.n_gpus_per_node or 1, partial(build, config))
         if runtime.colocate or build is not build_rollout_host:
-            return Share(trainer.nnodes or 1, trainer.n_gpus_per_node or 1, partial(build, config))
+            name = "" if runtime.colocate else "policy"
+            return Share(trainer.nnodes or 1, trainer.n_gpus_per_node or 1, partial(build, config), name=name)
         width = rollout.tensor_model_parallel_size
         ranks = (rollout.n_gpus_per_node or width) // width
-        return Share(rollout.nnodes or 1, ranks, partial(build, config), devices_per_rank=width)
+        return Share(rollout.nnodes or 1, ranks, partial(build, config), devices_per_rank=width, name="engines")
 
     shares = [share(build) for build in builds]
     with RayRuntime.connect(runtime.address, runtime.placement_timeout, stall_seconds=trainer.stall_seconds) as cluster:

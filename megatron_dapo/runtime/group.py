@@ -55,8 +55,9 @@ class WorkerGroup(Protocol):
 class WorkerError(RuntimeError):
     """A worker failed. The message names rank and phase and ends with the rank's own traceback."""
 
-    def __init__(self, rank: int, phase: str, traceback: str):
-        super().__init__(f"rank {rank} failed in {phase}:\n{traceback}")
+    def __init__(self, rank: int, phase: str, traceback: str, group: str = ""):
+        """`group`: see `rank_name`."""
+        super().__init__(f"{rank_name(rank, group)} failed in {phase}:\n{traceback}")
         self.rank, self.phase, self.traceback = rank, phase, traceback
 
 
@@ -67,3 +68,8 @@ class RankStalledError(WorkerError):
     def __init__(self, rank: int, phase: str, report: str):
         super().__init__(rank, phase, report)
         self.args = (report,)
+
+
+def rank_name(rank: int, group: str = "") -> str:
+    """`rank 1`; where a run has several groups, and this one therefore a name, `rank 1 of the engines`."""
+    return f"rank {rank} of the {group}" if group else f"rank {rank}"

@@ -33,11 +33,14 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from megatron_dapo.progress import IDLE, PROGRESS, START_UP
+from megatron_dapo.runtime.cluster import HINT, LOGS, ClusterError, check_answers
 from megatron_dapo.runtime.devices import ENGINE_DEVICES, own_and_after
-from megatron_dapo.runtime.group import RankStalledError, WorkerError
-from megatron_dapo.runtime.host import WorkerHost, phase_of, streams
+from megatron_dapo.runtime.group import RankStalledError, WorkerError, rank_name
+from megatron_dapo.runtime.handle import CallHandle, check_start
+from megatron_dapo.runtime.host import WorkerHost, phase_of
 from megatron_dapo.runtime.placement import Placement, PlacementError, no_room
 from megatron_dapo.runtime.pulse import Pulse, WatchAddress
+from megatron_dapo.runtime.stall import Elsewhere
 from megatron_dapo.runtime.watch import AsideGroup, LastWill, Watch
 
 ECHO_SECONDS = 3.0  # by which Ray's news of a death may come after the errors that the death caused
@@ -51,6 +54,7 @@ class Share:
     ranks_per_node: int
     build: Callable[[], WorkerHost]
     devices_per_rank: int = 1  # GPUs, or CPUs where there are no GPUs
+    name: str = ""  # of the group, where there are several
 
 
 class RayRuntime:
@@ -77,12 +81,13 @@ class RayRuntime:
             stall_seconds: for which a rank may stand still while others wait for it; None: nobody looks.
 
         Raises:
-            ConnectionError: no cluster answers there.
+            ClusterError: no cluster answers there, Ray cannot join it, or cannot start here.
         """
         if address is None:
-            ray.init(address="local", include_dashboard=False)
+            _init("Ray does not start on this machine", LOGS, address="local", include_dashboard=False)
         else:
-            ray.init(address=address)
+            check_answers(address)
+            _init(f"Ray cannot join the cluster at {address}", HINT, address=address)
         return cls(placement_timeout, timeout, stall_seconds)
 
     def groups(self, wanted: Sequence[Share]) -> list[RayGroup]:
@@ -98,7 +103,9 @@ class RayRuntime:
         self._places.append(place)
         made, first_bundle = [], 0
         for placement, share in zip(placements, wanted, strict=True):
-            group = RayGroup(placement, place, first_bundle, self._timeout, self._ending, self._stall_seconds)
+            group = RayGroup(
+                share.name, placement, place, first_bundle, self._timeout, self._ending, self._stall_seconds
+            )
             self._ending.groups.append(group)
             group.build(share.build)
             made.append(group)
@@ -135,10 +142,12 @@ class _Ending:
             group.kill()
         return self._is_raised
 
-    def others_wait(self, group: RayGroup) -> bool:
-        """Whether a rank of a group other than this one has done nothing but wait for too long."""
-        watches = [other._watch for other in self.groups if other is not group]
-        return any(watch is not None and watch.somebody_waits() for watch in watches)
+    def elsewhere(self, group: RayGroup) -> Elsewhere:
+        """As the watch of `group` is to know it. Groups that were called last for the same do it together: one that is
+        through with its part waits for the others."""
+        others = [(other, other.watch) for other in self.groups if other is not group and other.watch is not None]
+        waiting = [each.name for each, watch in others if watch.somebody_waits(each.called is group.called)]
+        return Elsewhere(tuple(waiting), any(watch.somebody_works() for _, watch in others))
 
     def check(self) -> None:
         """Raises RankStalledError: a rank has stalled."""
@@ -148,10 +157,11 @@ class _Ending:
 
 
 class RayGroup:
-    """A `WorkerGroup` of actors."""
+    """A `WorkerGroup` of actors. `called`: the function of its last call."""
 
     def __init__(
         self,
+        name: str,
         placement: Placement,
         place: PlacementGroup,
         first_bundle: int,
@@ -165,11 +175,14 @@ class RayGroup:
             ending: of all groups of the run.
             stall_seconds: see `RayRuntime.connect`.
         """
-        self.size = placement.size
+        self.name, self.size = name, placement.size
+        self.called: Callable[..., Any] | None = None
         self._placement, self._timeout, self._ending = placement, timeout, ending
-        self._watch: Watch | None = None
+        self.watch: Watch | None = None
         if stall_seconds is not None:
-            self._watch = Watch(self.size, stall_seconds, ending.fail, awaited=lambda: ending.others_wait(self))
+            self.watch = Watch(
+                self.size, stall_seconds, ending.fail, group=name, elsewhere=lambda: ending.elsewhere(self)
+            )
         self._busy: str | None = None
         taken = placement.of_a_rank()
         actor_class: Any = ray.remote(num_cpus=taken["CPU"], num_gpus=taken.get("GPU", 0))(_Rank)
@@ -178,27 +191,27 @@ class RayGroup:
             return PlacementGroupSchedulingStrategy(place, first_bundle + rank // placement.ranks_per_node)
 
         self._ranks: list[Any] = [
-            actor_class.options(scheduling_strategy=bundle(rank)).remote(rank) for rank in range(self.size)
+            actor_class.options(scheduling_strategy=bundle(rank)).remote(rank, name) for rank in range(self.size)
         ]
 
     def build(self, build: Callable[[], WorkerHost]) -> None:
         """Give every rank its environment and its workers. Errors as for `RayRuntime.groups`."""
         opened = self._ranks[0].open_store.options(num_returns="streaming").remote()
-        ((_, (address, port)),) = _Arrivals({opened: 0}, START_UP, self._timeout, self._ending.check)
+        ((_, (address, port)),) = self._arrivals({opened: 0}, START_UP)
         environments = [self._placement.environment(rank, address, port) for rank in range(self.size)]
         if self._placement.device == "GPU":
             asked = {rank.devices.options(num_returns="streaming").remote(): n for n, rank in enumerate(self._ranks)}
-            seen = dict(_Arrivals(asked, START_UP, self._timeout, self._ending.check))
+            seen = dict(self._arrivals(asked, START_UP))
             told = own_and_after([seen[rank] for rank in range(self.size)], self._placement.ranks_per_node)
             environments = [each | {ENGINE_DEVICES: more} for each, more in zip(environments, told, strict=True)]
-        watch = None if self._watch is None else self._watch.address(ray.util.get_node_ip_address())
+        watch = None if self.watch is None else self.watch.address(ray.util.get_node_ip_address())
         calls = {
             actor.build.options(num_returns="streaming").remote(environments[rank], build, watch): rank
             for rank, actor in enumerate(self._ranks)
         }
-        list(_Arrivals(calls, START_UP, self._timeout, self._ending.check))
+        list(self._arrivals(calls, START_UP))
 
-    def start(self, method: Callable[..., Any], shards: Sequence[Any]) -> RayHandle:
+    def start(self, method: Callable[..., Any], shards: Sequence[Any]) -> CallHandle:
         """All ranks begin at once. See `WorkerGroup.start`; what a rank has no worker for is its `WorkerError`.
 
         Raises:
@@ -207,19 +220,15 @@ class RayGroup:
             RankStalledError: a rank has stalled.
         """
         self._ending.check()
-        phase = phase_of(method)
-        if len(shards) != self.size:
-            raise ValueError(f"{phase}: {len(shards)} shards for {self.size} ranks; give one to each")
-        if self._busy is not None:
-            raise RuntimeError(f"cannot start {phase}: {self._busy} is not finished; take its result() first")
+        check_start(method, shards, self.size, self._busy)
         # By identity: a shard that several ranks share is put once, and they read the same memory.
         kept = {id(shard): ray.put(shard) for shard in {id(shard): shard for shard in shards}.values()}
         calls = {
             actor.stream.options(num_returns="streaming").remote(method, kept[id(shards[rank])]): rank
             for rank, actor in enumerate(self._ranks)
         }
-        self._busy = phase
-        return RayHandle(self, method, _Arrivals(calls, phase, self._timeout, self._ending.check))
+        self._busy, self.called = phase_of(method), method
+        return CallHandle(self.size, method, self._until_the_end(calls, self._busy))
 
     def call(self, method: Callable[..., Any], shards: Sequence[Any]) -> list[Any]:
         """start(...).result()"""
@@ -232,21 +241,17 @@ class RayGroup:
     def on_stall(self, last_will: LastWill) -> None:
         """See `WorkerGroup.on_stall`; a stall in another group of the run counts too."""
         for group in self._ending.groups:
-            if group._watch is not None:
-                group._watch.last_will = last_will if group is self else lambda _: last_will(self._aside())
+            if group.watch is not None:
+                group.watch.last_will = last_will if group is self else lambda _: last_will(self._aside())
 
     def _aside(self) -> AsideGroup:
-        assert self._watch is not None
-        return AsideGroup(self._watch, self.size, None)
-
-    def finished(self) -> None:
-        """The call under way is through."""
-        self._busy = None
+        assert self.watch is not None
+        return AsideGroup(self.watch, self.size, None)
 
     def close(self) -> None:
         """End every rank. What hangs is ended too."""
-        if self._watch is not None:
-            self._watch.close()
+        if self.watch is not None:
+            self.watch.close()
         self.kill()
 
     def kill(self) -> None:
@@ -254,45 +259,20 @@ class RayGroup:
         for actor in self._ranks:
             ray.kill(actor)
 
+    def _until_the_end(self, calls: dict[Any, int], phase: str) -> Iterator[tuple[int, Any]]:
+        yield from self._arrivals(calls, phase)
+        self._busy = None
 
-class RayHandle:
-    """A call under way. Iterate it or ask for its result, not both."""
-
-    def __init__(self, group: RayGroup, method: Callable[..., Any], arrivals: _Arrivals):
-        self._group, self._method = group, method
-        self._items = self._until_the_end(iter(arrivals))
-        self._taken = False
-
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
-        """(rank, item) as they arrive. Raises WorkerError: see `WorkerGroup.start`."""
-        self._taken = True
-        return self._items
-
-    def result(self) -> list[Any]:
-        """[rank] -> the returned value, or the list of yielded ones.
-
-        Raises:
-            RuntimeError: the items were taken already.
-            WorkerError: see `WorkerGroup.start`.
-        """
-        if self._taken:
-            raise RuntimeError(f"the items of {phase_of(self._method)} were taken already; start it again")
-        items: list[list[Any]] = [[] for _ in range(self._group.size)]
-        for rank, item in self:
-            items[rank].append(item)
-        return items if streams(self._method) else [item for (item,) in items]
-
-    def _until_the_end(self, items: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
-        yield from items
-        self._group.finished()
+    def _arrivals(self, calls: dict[Any, int], phase: str) -> _Arrivals:
+        return _Arrivals(calls, phase, self.name, self._timeout, self._ending.check)
 
 
 class _Arrivals:
     """What the ranks' generators yield, in the order in which it arrives."""
 
-    def __init__(self, calls: dict[Any, int], phase: str, timeout: float, check: Callable[[], None]):
+    def __init__(self, calls: dict[Any, int], phase: str, group: str, timeout: float, check: Callable[[], None]):
         """`check` raises if a rank has stalled: its end, and its peers', then have that reason."""
-        self._open, self._phase, self._timeout, self._check = calls, phase, timeout, check
+        self._open, self._phase, self._group, self._timeout, self._check = calls, phase, group, timeout, check
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         while self._open:
@@ -300,7 +280,7 @@ class _Arrivals:
             if not ready:
                 ranks = ", ".join(f"rank {rank}" for rank in self._open.values())
                 why = f"no answer for {self._timeout:g} s from {ranks}"
-                raise WorkerError(min(self._open.values()), self._phase, why)
+                raise WorkerError(min(self._open.values()), self._phase, why, self._group)
             yield from self._next(_generator(ready[0]))
 
     def _next(self, call: Any) -> Iterator[tuple[int, Any]]:
@@ -335,20 +315,21 @@ class _Arrivals:
 
     def _named(self, rank: int, error: RayError) -> WorkerError:
         if isinstance(error, RayTaskError):
-            return WorkerError(rank, self._phase, str(error))
-        return WorkerError(rank, self._phase, f"rank {rank} died without a report. Ray says: {error}")
+            return WorkerError(rank, self._phase, str(error), self._group)
+        died = f"{rank_name(rank, self._group)} died without a report. Ray says: {error}"
+        return WorkerError(rank, self._phase, died, self._group)
 
 
 class _Rank:
     """What runs in an actor's process."""
 
-    def __init__(self, rank: int):
-        self._rank = rank
+    def __init__(self, rank: int, group: str):
+        self._rank, self._group = rank, group
         signal.signal(signal.SIGINT, _leave_to_the_driver)
 
     def __repr__(self) -> str:
         """Ray puts it before each line that the rank prints."""
-        return f"rank {self._rank}"
+        return rank_name(self._rank, self._group)
 
     def open_store(self) -> Iterator[tuple[str, int]]:
         """Serve the store in which the ranks find each other, on a port that the system chooses: no two runs meet."""
@@ -371,6 +352,13 @@ class _Rank:
 
     def stream(self, function: Callable[..., Any], argument: Any) -> Iterator[Any]:
         yield from self._host.stream(function, argument)
+
+
+def _init(failed: str, remedy: str, **settings: Any) -> None:
+    try:
+        ray.init(**settings)
+    except Exception as error:  # Ray raises many kinds, Exception itself among them
+        raise ClusterError(f"{failed}: {error}\n{remedy}") from error
 
 
 def _place(placements: Sequence[Placement], seconds: float) -> PlacementGroup:

@@ -32,7 +32,8 @@ from typing import Any
 from megatron_dapo.exit_codes import REQUEUE
 from megatron_dapo.progress import IDLE, PROGRESS
 from megatron_dapo.runtime.group import WorkerError
-from megatron_dapo.runtime.host import WorkerHost, phase_of, streams
+from megatron_dapo.runtime.handle import CallHandle, check_start
+from megatron_dapo.runtime.host import WorkerHost, phase_of
 from megatron_dapo.runtime.hub import Hub
 from megatron_dapo.runtime.link import Kind, connect
 from megatron_dapo.runtime.pulse import Pulse
@@ -145,8 +146,9 @@ class SpmdGroup:
         self.size = len(hub.links) + 1
         self._host, self._hub, self._watch = host, hub, watch
 
-    def start(self, method: Callable[..., Any], shards: Sequence[Any]) -> SpmdHandle:
-        """Other ranks begin at once, this one when the handle is iterated or its result asked for.
+    def start(self, method: Callable[..., Any], shards: Sequence[Any]) -> CallHandle:
+        """Other ranks begin at once, this one when the handle is iterated or its result asked for. After each item of
+        this rank's own come those that arrived meanwhile.
 
         Raises:
             ValueError: len(shards) is not `size`.
@@ -154,16 +156,11 @@ class SpmdGroup:
             RuntimeError: the call before this one was not finished.
             WorkerError: a rank has failed.
         """
-        if len(shards) != self.size:
-            raise ValueError(f"{phase_of(method)}: {len(shards)} shards for {self.size} ranks; give one to each")
+        check_start(method, shards, self.size, self._hub.busy)
         self._host.receiver(method)
-        if self._hub.busy is not None:
-            raise RuntimeError(
-                f"cannot start {phase_of(method)}: {self._hub.busy} is not finished; take its result() first"
-            )
         self._hub.send(method, shards)
         self._hub.busy = phase_of(method)
-        return SpmdHandle(self._host, self._hub, method, shards[0])
+        return CallHandle(self.size, method, self._arrivals(method, shards[0]))
 
     def call(self, method: Callable[..., Any], shards: Sequence[Any]) -> list[Any]:
         """start(...).result()"""
@@ -178,41 +175,9 @@ class SpmdGroup:
         if self._watch is not None:
             self._watch.last_will = last_will
 
-
-class SpmdHandle:
-    """A call under way. Iterate it or ask for its result, not both: an item that was handed out is not kept."""
-
-    def __init__(self, host: WorkerHost, hub: Hub, method: Callable[..., Any], shard: Any):
-        self._host, self._hub, self._method, self._shard = host, hub, method, shard
-        self._items = self._arrivals()
-        self._taken = False
-
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
-        """(rank, item) as they arrive; after each item of this rank's own, those that came meanwhile.
-
-        Raises:
-            WorkerError: see `WorkerGroup.start`.
-        """
-        self._taken = True
-        return self._items
-
-    def result(self) -> list[Any]:
-        """[rank] -> the returned value, or the list of yielded ones.
-
-        Raises:
-            RuntimeError: the items were taken already.
-            WorkerError: see `WorkerGroup.start`.
-        """
-        if self._taken:
-            raise RuntimeError(f"the items of {phase_of(self._method)} were taken already; start it again")
-        items: list[list[Any]] = [[] for _ in range(len(self._hub.links) + 1)]
-        for rank, item in self:
-            items[rank].append(item)
-        return items if streams(self._method) else [item for (item,) in items]
-
-    def _arrivals(self) -> Iterator[tuple[int, Any]]:
+    def _arrivals(self, method: Callable[..., Any], shard: Any) -> Iterator[tuple[int, Any]]:
         waiting = set(self._hub.links)
-        for item in self._own():
+        for item in self._own(method, shard):
             yield 0, item
             while waiting and self._hub.has_news:
                 yield from self._next(waiting)
@@ -227,9 +192,9 @@ class SpmdHandle:
         else:
             yield rank, message.load()
 
-    def _own(self) -> Iterator[Any]:
+    def _own(self, method: Callable[..., Any], shard: Any) -> Iterator[Any]:
         try:
-            yield from self._host.stream(self._method, self._shard)
+            yield from self._host.stream(method, shard)
         except Exception as error:
             if _may_be_an_echo(error) and (failure := self._hub.failure()):
                 raise failure from error

@@ -26,10 +26,10 @@ from typing import Any
 
 from megatron_dapo.exit_codes import FAILED
 from megatron_dapo.runtime.beat import Beat
-from megatron_dapo.runtime.group import RankStalledError, WorkerError, WorkerGroup
+from megatron_dapo.runtime.group import RankStalledError, WorkerError, WorkerGroup, rank_name
 from megatron_dapo.runtime.host import phase_of
 from megatron_dapo.runtime.pulse import BEATS_A_LIMIT, ONE_GAP, Answer, AsideCall, WatchAddress
-from megatron_dapo.runtime.stall import Seen, Stall, find_stall, somebody_waits
+from megatron_dapo.runtime.stall import Elsewhere, Seen, Stall, find_stall, somebody_waits, somebody_works
 
 LONGEST_GRACE = 30.0  # seconds that the main thread gets to raise the error
 ASIDE_SECONDS = 600.0  # for a call beside a rank's main thread: it may wait for a checkpoint's files
@@ -46,17 +46,19 @@ class Watch:
         limit: float,
         fail: Callable[[RankStalledError], threading.Event],
         at_forced_end: Callable[[], None] = lambda: None,
-        awaited: Callable[[], bool] = lambda: False,
+        group: str = "",
+        elsewhere: Callable[[], Elsewhere] = Elsewhere,
     ):
         """
         Args:
             limit: seconds that are a stall.
             fail: has the main thread raise the error; the event says that it did.
             at_forced_end: called before the process is ended in its place.
-            awaited: whether a rank of another group has waited for the limit; that group may wait for this one.
+            group: see `rank_name`.
+            elsewhere: asked at each look.
         """
         self._size, self._limit, self._fail, self._at_forced_end = size, limit, fail, at_forced_end
-        self._awaited = awaited
+        self._group, self._elsewhere = group, elsewhere
         self._key = secrets.token_bytes(32)
         self._listener = Listener(("0.0.0.0", 0), backlog=max(16, size), authkey=self._key)
         self._port = int(self._listener.address[1])
@@ -73,9 +75,13 @@ class Watch:
         """For ranks that reach this machine under the name `host`."""
         return WatchAddress(host, self._port, self._key, self._limit)
 
-    def somebody_waits(self) -> bool:
-        """Whether a rank has done nothing but wait for the limit."""
-        return somebody_waits(self._judged(), self._limit)
+    def somebody_waits(self, or_is_through: bool) -> bool:
+        """See `stall.somebody_waits`."""
+        return somebody_waits(self._judged(), self._limit, or_is_through)
+
+    def somebody_works(self) -> bool:
+        """Whether a call is under way on a rank."""
+        return somebody_works(self._judged())
 
     def close(self) -> None:
         """Ranks may leave now."""
@@ -132,7 +138,7 @@ class Watch:
             now = time.monotonic()
             self._time += min(now - before, ONE_GAP * self._limit)
             before = now
-            stall = find_stall(self._judged(), self._limit, self._awaited())
+            stall = find_stall(self._judged(), self._limit, self._elsewhere())
             if stall is not None:
                 self._end(stall)
                 return
@@ -141,8 +147,9 @@ class Watch:
         return {rank: Seen(beat, self._time - at) for rank, (beat, at) in list(self._seen.items())}
 
     def _end(self, stall: Stall) -> None:
-        _say(f"megatron-dapo: {str(stall).splitlines()[0]}\nmegatron-dapo: ending the run")
-        error = RankStalledError(stall.beat.rank, stall.beat.phase, f"{stall}\n{self._what_is_saved(stall)}")
+        told = stall.told(rank_name(stall.beat.rank, self._group))
+        _say(f"megatron-dapo: {told.splitlines()[0]}\nmegatron-dapo: ending the run")
+        error = RankStalledError(stall.beat.rank, stall.beat.phase, f"{told}\n{self._what_is_saved(stall)}")
         taken = self._fail(error)
         if taken.wait(min(LONGEST_GRACE, self._limit)) or self._closed.is_set():
             return

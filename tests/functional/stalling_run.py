@@ -1,4 +1,8 @@
-"""`torchrun ... stalling_run.py FAULT train CONFIG ...`: the command line, on a package in which rank 1 has a fault."""
+"""`stalling_run.py FAULT train CONFIG ...`: the command line, on a package in which a rank has a fault.
+
+Under torchrun it is rank 1 of two. Under Ray, where each process imports the package for itself, the fault travels with
+what a rank builds.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from megatron_dapo import launch
 from megatron_dapo.cli import main
+from megatron_dapo.config.tree import RunConfig
 from megatron_dapo.mcore import shard_write
 from megatron_dapo.mcore.head import DapoHead
 from megatron_dapo.rollout.torch_engine import TorchEngine
+from megatron_dapo.runtime.host import WorkerHost
+from megatron_dapo.sync.transport import StagedTransport
 from megatron_dapo.workers import policy
 
 
@@ -53,10 +61,44 @@ def write_slowly() -> None:
     TorchEngine.poll = slow  # type: ignore[method-assign]
 
 
+def stall_in_the_third_push() -> None:
+    """At its first bucket."""
+    bring = StagedTransport._bring
+
+    def stuck(transport: StagedTransport, index: int) -> Any:
+        if transport._done == 2 * len(transport._buckets):
+            stuck_here()
+        return bring(transport, index)
+
+    StagedTransport._bring = stuck  # type: ignore[method-assign]
+
+
+def policy_stalls_in_a_push() -> None:
+    build = launch.build_policy_host
+
+    def build_with_fault(config: RunConfig) -> WorkerHost:
+        stall_in_the_third_push()
+        return build(config)
+
+    launch.build_policy_host = build_with_fault
+
+
+def engine_stalls_in_a_push() -> None:
+    build = launch.build_rollout_host
+
+    def build_with_fault(config: RunConfig) -> WorkerHost:
+        stall_in_the_third_push()
+        return build(config)
+
+    launch.build_rollout_host = build_with_fault
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     "none": lambda: None,
     "stall": stall_in_the_third_step,
     "slow rollout": write_slowly,
+    "policy stalls in a push": policy_stalls_in_a_push,
+    "engine stalls in a push": engine_stalls_in_a_push,
 }
 
 if __name__ == "__main__":

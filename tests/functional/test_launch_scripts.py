@@ -140,3 +140,11 @@ def test_submit_sh_wants_a_configuration() -> None:
     ended = subprocess.run([LAUNCH / "submit.sh"], capture_output=True, text=True)
     assert ended.returncode == USAGE_ERROR
     assert "usage: launch/submit.sh CONFIG" in ended.stderr
+
+
+def test_submit_sh_to_a_dashboard_that_is_not_there_says_where_it_looked() -> None:
+    environment = ENVIRONMENT | {"RAY_ADDRESS": "http://127.0.0.1:1"}
+    ended = subprocess.run([LAUNCH / "submit.sh", "config.yaml"], env=environment, capture_output=True, text=True)
+    assert ended.returncode == FAILED
+    assert ended.stderr.startswith("megatron-dapo: no Ray dashboard answers at http://127.0.0.1:1: set RAY_ADDRESS to")
+    assert len(ended.stderr.splitlines()) == 1

@@ -15,6 +15,7 @@ from megatron_dapo.runtime.beat import Beat
 from megatron_dapo.runtime.group import RankStalledError, WorkerError, WorkerGroup
 from megatron_dapo.runtime.host import WorkerHost
 from megatron_dapo.runtime.pulse import Pulse
+from megatron_dapo.runtime.stall import Elsewhere
 from megatron_dapo.runtime.watch import AsideGroup, Watch
 
 STILL = Beat(1, "Worker.train", "micro-batch 2 of 4", 7, 1000.0, "", "", {"world": 5}, "in f\n")
@@ -114,14 +115,19 @@ def test_a_rank_that_falls_silent_is_accused_and_one_that_has_left_is_not(driver
 
 def test_a_rank_alone_in_its_group_is_accused_when_another_group_waits_for_it(driver: Driver) -> None:
     engines = Watch(1, 20.0, driver.fail)
-    policy = Watch(1, 20.0, driver.fail, awaited=engines.somebody_waits)
+
+    def elsewhere() -> Elsewhere:
+        return Elsewhere(("engines",) if engines.somebody_waits(or_is_through=False) else (), engines.somebody_works())
+
+    policy = Watch(1, 20.0, driver.fail, group="policy", elsewhere=elsewhere)
     kept = beat(policy, replace(STILL, rank=0))
     assert not driver.stalled.wait(3)
     kept += beat(engines, replace(WAITING, rank=0, wait="a bucket of weights"))
     assert driver.stalled.wait(20)
     for watch in (engines, policy):
         watch.close()
-    assert "rank 0 stood still for 1000 s in Worker.train" in str(driver.errors[0])
+    said = "rank 0 of the policy stood still for 1000 s in Worker.train, micro-batch 2 of 4 while the engines waited."
+    assert said in str(driver.errors[0])
     assert len(kept) == 2
 
 
