@@ -18,7 +18,8 @@ from torch import Tensor
 
 from megatron_dapo.progress import PROGRESS
 
-_SHORTEST_NAP, _LONGEST_NAP, _GROWTH = 2e-5, 1e-3, 1.25  # seconds; short at first, as looking costs others their CPU
+# Seconds. The longer a wait lasts the less often it looks: that takes CPU time from those that are waited for.
+_SHORTEST_NAP, _LONGEST_NAP, _GROWTH = 2e-5, 1e-3, 1.25
 _LOOK_AROUND = 1.0  # seconds between looks at whether the others live
 
 
