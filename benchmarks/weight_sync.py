@@ -46,10 +46,10 @@ from megatron_dapo.runtime.host import WorkerHost
 from megatron_dapo.sync.buckets import make_buckets
 from megatron_dapo.sync.plan import EngineRank, Plan, Topology, make_plan, megatron_ranks
 from megatron_dapo.sync.regions import Region, wanted_regions
+from megatron_dapo.sync.ring import ring_bytes
 from megatron_dapo.sync.staged import StagedSync
 from megatron_dapo.sync.stores import HostHandle, make_host_memory
 from megatron_dapo.sync.survey import Ranks, survey
-from megatron_dapo.sync.transport import SLOTS
 from megatron_dapo.sync.verify import CheckedRegions, policy_checksums
 from megatron_dapo.workers.policy import PolicySettings, PolicyWorker
 from megatron_dapo.workers.rollout import RolloutWorker
@@ -272,7 +272,7 @@ def measure(policy: PipeGroup, path: Path, shape: ModelShape, engine_ranks: int,
 
 def prepare(policy: PipeGroup, engines: PipeGroup, plan: Plan, shape: ModelShape, reads: list[int]) -> None:
     (bucket,) = make_buckets(hf_shapes(shape), 4, 2**60)
-    ring = max(b.nbytes for b in make_buckets(hf_shapes(shape), 4, BUCKET_BYTES)) * SLOTS
+    ring = ring_bytes([b.nbytes for b in make_buckets(hf_shapes(shape), 4, BUCKET_BYTES)])
     sizes: list[Any] = [None] * engines.size
     sizes[0] = [ring, bucket.nbytes]
     copied, gathered = engines.call(make_memories, sizes)[0]

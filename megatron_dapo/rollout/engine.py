@@ -44,6 +44,8 @@ class RolloutEngine(Protocol):
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Replace every weight by the Hugging Face name; completions carry `version` from here on.
 
+        A tensor may be a view of memory that is written over when the next one is asked for: none may be kept.
+
         Raises:
             ValueError: a name or shape that the model does not have, or a weight that never came.
         """

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from megatron_dapo.progress import PROGRESS
 
-_SHORTEST_NAP, _LONGEST_NAP = 2e-5, 2e-4  # seconds
+# Seconds. The longer a wait lasts the less often it looks: that takes CPU time from those that are waited for.
+_SHORTEST_NAP, _LONGEST_NAP, _GROWTH = 2e-5, 1e-3, 1.25
 _LOOK_AROUND = 1.0  # seconds between looks at whether the others live
 
 
@@ -76,7 +77,7 @@ class Board:
             if now - start > self._timeout:
                 self._raise_if(late, lambda row: True, f"was waited for during {self._timeout:g} s")
             time.sleep(nap)
-            nap = min(2 * nap, _LONGEST_NAP)
+            nap = min(_GROWTH * nap, _LONGEST_NAP)
 
     def _raise_if(self, rows: Sequence[int], bad: Callable[[int], bool], what: str) -> None:
         named = [self._names[row] for row in rows if bad(row)]

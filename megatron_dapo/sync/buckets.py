@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 
 import torch
@@ -39,17 +40,21 @@ class Bucket:
 def make_buckets(shapes: Mapping[str, tuple[int, ...]], itemsize: int, bucket_bytes: int) -> tuple[Bucket, ...]:
     """As many tensors to a bucket as `bucket_bytes` holds; a larger one has a bucket to itself.
 
-    In their order, but the larger ones (embedding, output layer) stand in the middle: engines read as soon as the
-    first bucket is written, and end soon after the last, so neither should be a large one.
+    In their order, but the larger ones (embedding, output layer) stand behind as many bytes of the others as the
+    largest has, or behind half of them: engines read as soon as the first bucket is written, and end soon after the
+    last, so neither should be a large one. A ring of three times the largest (`ring.py`) then has room for two of them
+    and for all that comes before, so that no writer of these waits.
     """
     sizes = {name: -(-prod(dims) * itemsize // _ALIGNMENT) * _ALIGNMENT for name, dims in shapes.items()}
     fitting = [name for name, size in sizes.items() if size <= bucket_bytes]
     larger = [name for name, size in sizes.items() if size > bucket_bytes]
-    half = len(fitting) // 2
+    ahead = min(max(sizes.values()), sum(sizes[name] for name in fitting) // 2)
+    ends = accumulate(sizes[name] for name in fitting)
+    first = sum(end <= ahead for end in ends)
     buckets: list[Bucket] = []
     placed: list[Placed] = []
     end = 0
-    for name in (*fitting[:half], *larger, *fitting[half:]):
+    for name in (*fitting[:first], *larger, *fitting[first:]):
         if placed and end + sizes[name] > bucket_bytes:
             buckets.append(Bucket(tuple(placed), end))
             placed, end = [], 0

@@ -28,6 +28,7 @@ class LocalSlices:
         shapes, layout = hf_shapes(worker.shape), worker.layout
         self._residence = worker.residence
         self._held: dict[str, list[_Held]] = defaultdict(list)
+        self._found: dict[Region, tuple[_Held, tuple[slice, ...]]] = {}
         for name, param in local_parameters(worker.chunks):
             for piece in pieces(name, Shard(worker.shape, layout.tp_rank, layout.tp_size)):
                 region = region_of(piece.hf_name, piece.hf_rows, piece.hf_cols, shapes[piece.hf_name])
@@ -40,7 +41,17 @@ class LocalSlices:
             LookupError: this rank does not hold all of it.
         """
         self._residence.come_back(("weights",))
+        held, index = self._where(region)
+        return held.param.data[held.local][index]
+
+    def _where(self, region: Region) -> tuple[_Held, tuple[slice, ...]]:
+        """What of this rank has the region in it, and where. The same in every push, so it is looked for once."""
+        if region not in self._found:
+            self._found[region] = self._look_for(region)
+        return self._found[region]
+
+    def _look_for(self, region: Region) -> tuple[_Held, tuple[slice, ...]]:
         for held in self._held.get(region.name, ()):
             if held.region.contains(region):
-                return held.param.data[held.local][region.index(held.param.dim(), held.region)]
+                return held, region.index(held.param.dim(), held.region)
         raise LookupError(f"this rank does not hold rows {region.rows}, columns {region.cols} of {region.name!r}")

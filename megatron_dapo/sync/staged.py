@@ -21,10 +21,11 @@ from megatron_dapo.sync.errors import WeightSyncError
 from megatron_dapo.sync.network import Network, open_store
 from megatron_dapo.sync.parts import Part, make_parts
 from megatron_dapo.sync.plan import Plan
+from megatron_dapo.sync.ring import ring_bytes
 from megatron_dapo.sync.slices import LocalSlices
 from megatron_dapo.sync.stores import Handle, make_cuda_memory, make_host_memory
 from megatron_dapo.sync.survey import Ranks, Survey
-from megatron_dapo.sync.transport import SLOTS, NodeMemory, StagedTransport, Transport
+from megatron_dapo.sync.transport import NodeMemory, StagedTransport, Transport
 from megatron_dapo.workers.policy import PolicyWorker
 from megatron_dapo.workers.rollout import RolloutWorker
 
@@ -48,13 +49,13 @@ class SyncWorker:
 @dataclass(frozen=True)
 class MemoryWish:
     kind: str  # of MEMORY
-    slot_bytes: tuple[int, ...]
+    ring_bytes: int
     board_bytes: int
 
 
 @dataclass(frozen=True)
 class MemoryHandles:
-    slots: tuple[Handle, ...]
+    ring: Handle
     board: Handle
 
 
@@ -128,13 +129,13 @@ class StagedSync:
         self, parts: Sequence[Part], buckets: Sequence[Bucket], kind: str, seen: Survey, timeout: float
     ) -> tuple[dict[tuple[int, ...], MemoryHandles], tuple[str, int] | None]:
         """board -> its node's memory, made by the first reader on it; and the store, opened by process 0."""
-        slots = (max(bucket.nbytes for bucket in buckets),) * min(SLOTS, len(buckets))
+        size = ring_bytes([bucket.nbytes for bucket in buckets])
         makers = {part.board[part.readers[0]]: part.board for part in parts if part.board}
         host = "127.0.0.1" if seen.one_host else seen.hosts[0]
         linked = any(part.links for part in parts)
         wishes = [
             Wishes(
-                memory=MemoryWish(kind, slots, Board.bytes_for(len(makers[n]))) if n in makers else None,
+                memory=MemoryWish(kind, size, Board.bytes_for(len(makers[n]))) if n in makers else None,
                 store_host=host if n == 0 and linked else None,
                 timeout=timeout,
             )
@@ -147,12 +148,13 @@ class StagedSync:
 
 def open_shared(host: WorkerHost, wishes: Wishes) -> Opened:
     """Make what this process makes for all."""
-    memory, handles, store = [], None, None
+    memory: list[Tensor] = []
+    handles, store = None, None
     if (wish := wishes.memory) is not None:
-        slots = [MEMORY[wish.kind](size) for size in wish.slot_bytes]
+        ring, ring_handle = MEMORY[wish.kind](wish.ring_bytes)
         board, board_handle = make_host_memory(wish.board_bytes)
-        memory = [board, *(tensor for tensor, _ in slots)]
-        handles = MemoryHandles(tuple(handle for _, handle in slots), board_handle)
+        memory = [ring, board]
+        handles = MemoryHandles(ring_handle, board_handle)
     if wishes.store_host is not None:
         store = open_store((wishes.store_host, 0), wishes.timeout, master=True)
     host.add(SharedKeeper(memory, store))
@@ -165,7 +167,7 @@ def take_seat(host: WorkerHost, seat: Seat) -> None:
     if seat.memory is not None and part.row is not None:
         names = [f"process {process}" for process in part.board]
         board = Board(seat.memory.board.open(), part.row, names, seat.timeout)
-        memory = NodeMemory([handle.open() for handle in seat.memory.slots], board)
+        memory = NodeMemory(seat.memory.ring.open(), board)
     network = None
     if part.links:
         assert seat.store is not None

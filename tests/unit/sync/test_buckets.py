@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dapo.sync.buckets import make_buckets
+from megatron_dapo.sync.ring import places, ring_bytes
 
 DIMS = st.lists(st.tuples(st.integers(1, 40)) | st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1)
 
@@ -43,6 +44,17 @@ def test_tensors_that_fill_a_bucket_alone_stand_in_the_middle_and_the_others_kee
     shapes = {"embedding": (1000,), "a": (16,), "b": (16,), "c": (16,), "d": (16,), "output": (900,)}
     names = [[placed.name for placed in bucket.tensors] for bucket in make_buckets(shapes, 4, 128)]
     assert names == [["a", "b"], ["embedding"], ["output"], ["c", "d"]]
+
+
+@given(st.lists(st.integers(1, 20), min_size=2, max_size=40), st.integers(21, 100), st.integers(21, 100))
+@settings(max_examples=100)
+def test_two_larger_tensors_and_all_before_them_are_written_without_a_wait(small: list[int], one: int, two: int):
+    shapes = {f"t{number}": (16 * size,) for number, size in enumerate(small)}
+    buckets = make_buckets({"embedding": (16 * one,), "output": (16 * two,)} | shapes, 4, 20 * 64)
+    sizes = [bucket.nbytes for bucket in buckets]
+    laid = places(sizes, ring_bytes(sizes))
+    second = next(n for n, bucket in enumerate(buckets) if bucket.tensors[0].name == "output")
+    assert [place.after for place in laid[: second + 1]] == [0] * (second + 1)
 
 
 def test_views_are_the_memory_itself():

@@ -7,8 +7,7 @@ import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
-from itertools import groupby
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,21 +19,25 @@ from megatron_dapo.sync.buckets import Bucket, make_buckets
 from megatron_dapo.sync.parts import Processes, make_parts
 from megatron_dapo.sync.plan import EngineRank, Topology, make_plan, megatron_ranks
 from megatron_dapo.sync.regions import Region
-from megatron_dapo.sync.transport import SLOTS, NodeMemory, StagedTransport
+from megatron_dapo.sync.ring import ring_bytes
+from megatron_dapo.sync.transport import NodeMemory, StagedTransport
 from tests.unit.sync.layouts import model_shape
 
 SHAPE = model_shape()
 
 
 class Weights:
-    """Stands for a rank that holds the model: every element of a push is that push's number."""
+    """Stands for a rank that holds the model: every element says of which push and tensor it is."""
 
     def __init__(self) -> None:
         self.version = 0
 
+    def value(self, name: str) -> float:
+        return 1000.0 * self.version + list(hf_shapes(SHAPE)).index(name)
+
     def view(self, region: Region) -> Tensor:
         dims = len(hf_shapes(SHAPE)[region.name])
-        return torch.full([s.stop - s.start for s in region.index(dims)], float(self.version))
+        return torch.full([s.stop - s.start for s in region.index(dims)], self.value(region.name))
 
 
 class Node:
@@ -45,13 +48,13 @@ class Node:
         plan = make_plan(SHAPE, Topology(megatron_ranks(1, 1, [0]), engines, 1, 1), 4)
         self.weights, self.buckets = Weights(), make_buckets(hf_shapes(SHAPE), 4, bucket_bytes)
         self.parts = make_parts(plan, self.buckets, Processes((0,), (1, 2)))
-        largest = max(bucket.nbytes for bucket in self.buckets)
-        self.slots = [torch.zeros(largest, dtype=torch.uint8).share_memory_() for _ in self.buckets[:SLOTS]]
+        size = ring_bytes([bucket.nbytes for bucket in self.buckets])
+        self.ring = torch.zeros(size, dtype=torch.uint8).share_memory_()
         self.board = torch.zeros(Board.bytes_for(3), dtype=torch.uint8).share_memory_()
 
     def transport(self, process: int) -> StagedTransport:
         """To be made in the process, real or a thread, that it is of."""
-        memory = NodeMemory(self.slots, Board(self.board, process, ["process 0", "process 1", "process 2"], 20.0))
+        memory = NodeMemory(self.ring, Board(self.board, process, ["process 0", "process 1", "process 2"], 20.0))
         slices = self.weights if process == 0 else None
         return StagedTransport(self.parts[process], self.buckets, torch.float32, memory, slices, None)
 
@@ -73,32 +76,24 @@ def at_the_same_time(*parts: Callable[[], None]) -> None:
         thread.join(60)
 
 
-def whole_buckets(tensors: Iterable[tuple[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """As an engine collects them that hands on a bucket at a time; copied only when the next one has begun."""
-    found = []
-    for _, bucket in groupby(tensors, key=lambda item: item[1].untyped_storage().data_ptr()):
-        collected = list(bucket)
-        found.append({name: tensor.clone() for name, tensor in collected})
-    return found
-
-
 @pytest.mark.parametrize("bucket_bytes", [1, 256, 1024, 10**6])
 def test_every_reader_gets_each_push_whole_and_unmixed(bucket_bytes: int):
     (writer, *readers), weights, buckets = transports(bucket_bytes)
     for version in (1, 2, 3):
         weights.version = version
-        got: list[list[dict[str, Tensor]]] = [[], []]
+        got: list[list[tuple[str, Tensor]]] = [[], []]
 
         def read(index: int, got: list = got) -> None:
-            got[index] = whole_buckets(readers[index].exchange())
+            for name, tensor in readers[index].exchange():
+                time.sleep(0.0002 * index)  # writer and first reader are ahead of the second
+                got[index].append((name, tensor.clone()))
 
         at_the_same_time(lambda: list(writer.exchange()), lambda: read(0), lambda: read(1))
         for found in got:
-            assert [list(bucket) for bucket in found] == [[p.name for p in bucket.tensors] for bucket in buckets]
-            for bucket in found:
-                for name, tensor in bucket.items():
-                    assert tensor.shape == hf_shapes(SHAPE)[name]
-                    assert (tensor == version).all(), (name, version)
+            assert [name for name, _ in found] == [placed.name for bucket in buckets for placed in bucket.tensors]
+            for name, tensor in found:
+                assert tensor.shape == hf_shapes(SHAPE)[name]
+                assert (tensor == weights.value(name)).all(), (name, version)
 
 
 def test_one_that_gives_up_frees_those_that_wait_for_it():
