@@ -4,14 +4,18 @@
 
 Two measurements on a Ray cluster of this machine alone, both with the trainer's own code:
 
-- *driver*: from accepted groups to update shards in the object store (mini-batches, balancing, packing, weights, puts)
-  for 8192 samples of up to 20,480 tokens in 16 mini-batches, over 16 data-parallel ranks.
-- *throughput*: samples from the driver into an actor that touches every array. Packed as here, one put a shard;
-  against one put a sample, each sample a dataclass of its arrays. Short samples show the cost of an object, long ones
-  that of its bytes.
+- *driver*: from accepted groups to update shards in the object store (advantages, mini-batches, balancing, packing,
+  weights, puts) for 8192 samples of up to 20,480 tokens in 16 mini-batches, over 16 data-parallel ranks. The old
+  log-probs are the engine's, so no pass of a model comes between. Each step has groups of its own, and begins when Ray
+  has the memory of the one before back, as in training, where a step takes longer than that. The first step of a run
+  is told apart: it finds no memory that was in use before.
+- *throughput*: samples from the driver into an actor that touches every array of token ids. Packed as here, one put a
+  shard; against one put a sample, each sample a dataclass of its arrays. Short samples show the cost of an object, long
+  ones that of its bytes.
 
 Lengths are log-normal (median and clip are printed), for that is what responses look like; `--uniform` draws them
-evenly up to the longest, twice as many tokens. Times are wall clock, the median of `--repeats`.
+evenly up to the longest, twice as many tokens. Times are wall clock; of `--repeats` the median, and for the driver the
+slowest, too.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +34,23 @@ import ray
 from rich.console import Console
 from rich.table import Table
 
-from megatron_dapo.data.minibatch import LossWeighting, MiniBatch, Update, build_update, mini_batches
-from megatron_dapo.data.packing import plan_micro_batches
+from megatron_dapo.config.tree import ActorConfig, AlgorithmConfig, RewardModelConfig
+from megatron_dapo.mcore.parallel import RankLayout
+from megatron_dapo.obs.timers import Timers
+from megatron_dapo.runtime.ray import put
+from megatron_dapo.training_step import StepRules, prepare_step
 from megatron_dapo.types import Completion, Group, Prompt, RewardResult, Sample
-from megatron_dapo.workers.policy import UpdateShard
+from megatron_dapo.workers.passes import MicroBatchLimits
+from megatron_dapo.workers.policy import PolicyWorker, UpdateShard
+from megatron_dapo.workers.policy_group import PassLimits, PolicyGroup
+from megatron_dapo.workers.reference_group import SharedReference
 
 PROMPT, LONGEST, N = 256, 20480, 16
-WEIGHTING = LossWeighting("token-mean", "global", overlong_filtering=False)
+LIMITS = MicroBatchLimits(tokens=40960, sequences=None, quadratic=1 / (12 * 5120))
+RULES = StepRules(  # mini-batches of 32 groups, 512 samples
+    ActorConfig(ppo_mini_batch_size=32, old_log_prob="rollout"), AlgorithmConfig(), RewardModelConfig()
+)
+RAY_FREES = 3.0  # seconds in which Ray surely gives the memory of dropped objects back; it does so once a second
 
 
 @dataclass(frozen=True)
@@ -77,7 +91,7 @@ class LooseSample:
 @ray.remote(num_cpus=1)
 class Reader:
     def read(self, shard: Any) -> int:
-        """The sum over all token ids of an update shard or a sample."""
+        """The sum of what comes first in each array of token ids of an update shard or a sample."""
         if isinstance(shard, LooseSample):
             return int(shard.token_ids[0])
         return sum(int(micro.sequences.token_ids[0]) for mini in shard.mini_batches for micro in mini)
@@ -87,16 +101,20 @@ def main() -> None:
     arguments = _parser().parse_args()
     ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=arguments.store_gb << 30)
     random = np.random.default_rng(1)
-    groups = make_groups(8192, 3000, LONGEST, arguments.uniform, random)
-    steps = [step(groups, 512, 16, 40960) for _ in range(arguments.repeats + 1)][1:]  # the first one warms memory up
-    driver = sorted(steps, key=lambda each: each.seconds)[len(steps) // 2]
+    first, *later = [
+        step(make_groups(8192, 3000, LONGEST, arguments.uniform, random), 16) for _ in range(arguments.repeats + 1)
+    ]
+    later.sort(key=lambda each: each.seconds)
+    driver = {"first": first, "median of the later": later[len(later) // 2], "slowest of the later": later[-1]}
     compared = [
         throughput(make_groups(2048, median, LONGEST, False, random), arguments.repeats) for median in (128, 3000)
     ]
     ray.shutdown()
     _show(driver, compared)
     if arguments.json:
-        found = {"driver": asdict(driver) | {"seconds": driver.seconds}}
+        found: dict[str, Any] = {
+            "driver": {name: asdict(each) | {"seconds": each.seconds} for name, each in driver.items()}
+        }
         found |= {"throughput": [asdict(each) | {"times": each.times} for each in compared]}
         Path(arguments.json).write_text(json.dumps(found, indent=1) + "\n")
 
@@ -107,13 +125,14 @@ def make_groups(samples: int, median: int, longest: int, uniform: bool, random: 
         lengths = random.integers(1, longest + 1, samples)
     else:
         lengths = np.clip(random.lognormal(np.log(median), 0.8, samples), 1, longest).astype(np.int64)
-    result = RewardResult("ok", 1.0, {"score": 1.0, "acc": 1.0})
+    results = [RewardResult("ok", score, {"score": score, "acc": score}) for score in (-1.0, 1.0)]
 
     def sample(draw: int, number: int) -> Sample:
         length = int(lengths[draw * N + number])
         tokens = random.integers(0, 150_000, length)
         completion = Completion(draw, number, tokens, -random.random(length, np.float32), "stop", 0)
-        return Sample(completion, result, 0.0, 1.0)
+        result = results[number % 2]
+        return Sample(completion, result, 0.0, result.score)
 
     return [
         Group(draw, Prompt(draw, random.integers(0, 150_000, PROMPT), "", "math", ""), samples, 0)
@@ -123,46 +142,59 @@ def make_groups(samples: int, median: int, longest: int, uniform: bool, random: 
     ]
 
 
-def step(groups: list[Group], samples_a_mini_batch: int, dp_size: int, max_tokens: int) -> Step:
+def step(groups: list[Group], dp_size: int) -> Step:
     """What the driver does for a step's updates, and how long it takes."""
-    old_logp = np.concatenate([sample.completion.logprobs for group in groups for sample in group.samples])
+    policy = policy_on(dp_size)
+    time.sleep(RAY_FREES)
     started = time.perf_counter()
-    updates = make_updates(groups, old_logp, samples_a_mini_batch, dp_size, max_tokens)
-    shards = [UpdateShard(tuple(update.ranks[rank] for update in updates), 1e-6) for rank in range(dp_size)]
+    updates = prepare_step(groups, policy, SharedReference(policy), RULES, Timers()).updates
     packed = time.perf_counter()
-    references = [ray.put(shard) for shard in shards]
-    put = time.perf_counter()
-    tokens = sum(len(micro.sequences.token_ids) for shard in shards for mini in shard.mini_batches for micro in mini)
-    size = sum(_bytes(micro) for shard in shards for mini in shard.mini_batches for micro in mini)
-    del references
-    return Step(sum(len(group.samples) for group in groups), tokens, size / 1e6, packed - started, put - packed)
+    list(policy.update(updates, lr=1e-6))
+    done = time.perf_counter()
+    micro_batches = [micro for update in updates for rank in update.ranks for micro in rank]
+    return Step(
+        samples=sum(len(group.samples) for group in groups),
+        tokens=sum(len(micro.sequences.token_ids) for micro in micro_batches),
+        megabytes=sum(map(_bytes, micro_batches)) / 1e6,
+        packing=packed - started,
+        puts=done - packed,
+    )
 
 
-def make_updates(
-    groups: list[Group], old_logp: np.ndarray, samples_a_mini_batch: int, dp_size: int, max_tokens: int
-) -> list[Update]:
-    updates, first_token = [], 0
-    for mini in mini_batches(groups, samples_a_mini_batch // N):
-        advantages = np.ones(sum(len(group.samples) for group in mini))
-        tokens = sum(sample.length for group in mini for sample in group.samples)
-        batch = MiniBatch.from_groups(mini, advantages, old_logp[first_token : first_token + tokens])
-        first_token += tokens
-        plan = plan_micro_batches(batch.sequences.lengths, dp_size, max_tokens=max_tokens, quadratic=1 / (12 * 5120))
-        updates.append(build_update(batch, plan, WEIGHTING))
-    return updates
+def policy_on(dp_size: int) -> PolicyGroup:
+    group: Any = StoreGroup(dp_size)
+    return PolicyGroup(group, PassLimits(LIMITS, LIMITS, LIMITS))
+
+
+class StoreGroup:
+    """A worker group whose ranks, data-parallel all, are given their shards and do nothing with them."""
+
+    def __init__(self, dp_size: int):
+        self.size = dp_size
+        self.references: list[ray.ObjectRef] = []
+
+    def call_all(self, method: Callable[..., Any], argument: Any = None) -> list[Any]:
+        assert method is PolicyWorker.rank_layout
+        return [RankLayout(0, 1, 0, 1, 0, 1, dp_rank, self.size) for dp_rank in range(self.size)]
+
+    def start(self, method: Callable[..., Any], shards: Sequence[Any]) -> Any:
+        assert method is PolicyWorker.update
+        self.references = put(shards)
+        return ()
 
 
 def throughput(groups: list[Group], repeats: int) -> Throughput:
     reader: Any = Reader.remote()
-    old_logp = np.concatenate([sample.completion.logprobs for group in groups for sample in group.samples])
-    updates = make_updates(groups, old_logp, 512, 1, 40960)
+    policy = policy_on(1)
+    updates = prepare_step(groups, policy, SharedReference(policy), RULES, Timers()).updates
     shard = UpdateShard(tuple(update.ranks[0] for update in updates), 1e-6)
-    loose = _loose_samples(groups)
     ray.get(reader.read.remote(shard))
     packed = _median(lambda: ray.get(reader.read.remote(ray.put(shard))), repeats)
-    one_by_one = _median(lambda: ray.get([reader.read.remote(ray.put(each)) for each in loose]), repeats)
-    mean = sum(len(each.token_ids) for each in loose) / len(loose)
-    return Throughput(len(loose), mean, len(loose) / packed, len(loose) / one_by_one)
+    one_by_one = _median(
+        lambda: ray.get([reader.read.remote(ray.put(each)) for each in _loose_samples(groups)]), repeats
+    )
+    lengths = [PROMPT + sample.length for group in groups for sample in group.samples]
+    return Throughput(len(lengths), statistics.mean(lengths), len(lengths) / packed, len(lengths) / one_by_one)
 
 
 def _loose_samples(groups: list[Group]) -> list[LooseSample]:
@@ -192,13 +224,13 @@ def _bytes(micro: Any) -> int:
     return sum(array.nbytes for array in arrays if array is not None)
 
 
-def _show(driver: Step, compared: list[Throughput]) -> None:
+def _show(driver: dict[str, Step], compared: list[Throughput]) -> None:
     console = Console()
-    table = Table("driver: samples", "tokens", "MB put", "packing s", "puts s", "seconds")
-    numbers = (driver.packing, driver.puts, driver.seconds)
-    table.add_row(
-        str(driver.samples), f"{driver.tokens:,}", f"{driver.megabytes:.0f}", *(f"{each:.3f}" for each in numbers)
-    )
+    table = Table("driver: step", "samples", "tokens", "MB put", "packing s", "puts s", "seconds")
+    for name, each in driver.items():
+        seconds = (each.packing, each.puts, each.seconds)
+        sizes = (f"{each.samples:,}", f"{each.tokens:,}", f"{each.megabytes:.0f}")
+        table.add_row(name, *sizes, *(f"{value:.3f}" for value in seconds))
     console.print(table)
     table = Table("throughput: samples", "mean tokens", "packed, samples/s", "one by one, samples/s", "times")
     for each in compared:

@@ -17,7 +17,7 @@ from megatron_dapo.config.tree import ActorConfig, AlgorithmConfig, RewardModelC
 from megatron_dapo.data.minibatch import LossWeighting, MiniBatch, Update, build_update, mini_batches
 from megatron_dapo.obs.metrics import Mismatch, mismatch
 from megatron_dapo.obs.timers import Timers
-from megatron_dapo.types import FloatArray, Group, SequenceBatch, take_ragged
+from megatron_dapo.types import FloatArray, Group, SequenceRows, take_ragged
 from megatron_dapo.workers.policy_group import PolicyGroup
 from megatron_dapo.workers.reference_group import Reference
 
@@ -69,19 +69,20 @@ def prepare_step(
     groups: Sequence[Group], policy: PolicyGroup, reference: Reference, rules: StepRules, timers: Timers
 ) -> PreparedStep:
     """Everything up to the updates. Rewards get their KL here unless the sampler has put it in already."""
-    sequences = SequenceBatch.from_groups(groups)
+    sequences = SequenceRows.from_groups(groups)
     kl_in_reward = rules.algorithm.kl_in_reward and not _filters_on_final_reward(rules.algorithm)
     ref_log_probs = None
     if kl_in_reward or rules.actor.kl_in_loss:
         with timers.phase("ref_log_prob"):
             ref_log_probs = reference.start_log_probs(sequences)
     with timers.phase("old_log_prob"):
-        trainer_logp = _trainer_log_probs(groups, sequences, policy, rules.actor)
+        trainer_logp = _trainer_log_probs(groups, policy, rules.actor)
     if rules.actor.old_log_prob == "rollout":
         old_logp_N = np.concatenate([sample.completion.logprobs for group in groups for sample in group.samples])
-    else:  # a first mini-batch that is its own old policy has none
-        unknown = int(sequences.cu_responses[-1]) - len(trainer_logp)
+    elif unknown := int(sequences.cu_responses[-1]) - len(trainer_logp):
         old_logp_N = np.concatenate([np.zeros(unknown, np.float32), trainer_logp])
+    else:
+        old_logp_N = trainer_logp
     ref_logp_N = None
     if ref_log_probs is not None:
         with timers.phase("ref_log_prob"):
@@ -118,22 +119,16 @@ def final_rewards(
     groups: Sequence[Group], policy: PolicyGroup, reference: Reference, config: AlgorithmConfig
 ) -> list[Group]:
     """The sampler's log-prob phase for the metric `seq_final_reward`: rewards with their KL, before filtering."""
-    sequences = SequenceBatch.from_groups(groups)
+    sequences = SequenceRows.from_groups(groups)
     ref_log_probs = reference.start_log_probs(sequences)
     return with_kl_in_reward(groups, policy.log_probs(sequences), ref_log_probs(), config)
 
 
-def _trainer_log_probs(
-    groups: Sequence[Group], sequences: SequenceBatch, policy: PolicyGroup, actor: ActorConfig
-) -> FloatArray:
+def _trainer_log_probs(groups: Sequence[Group], policy: PolicyGroup, actor: ActorConfig) -> FloatArray:
     """Of as many of the step's last response tokens as have to be known before the updates."""
-    first = {
-        "recompute": 0,
-        "rollout": len(sequences),
-        "first_minibatch_free": sum(len(group.samples) for group in groups[: actor.ppo_mini_batch_size]),
-    }[actor.old_log_prob]
-    rest = range(first, len(sequences))
-    return policy.log_probs(sequences.select(rest)) if rest else np.zeros(0, np.float32)
+    first = {"recompute": 0, "rollout": len(groups), "first_minibatch_free": actor.ppo_mini_batch_size}
+    rest = SequenceRows.from_groups(groups[first[actor.old_log_prob] :])
+    return policy.log_probs(rest) if len(rest) else np.zeros(0, np.float32)
 
 
 def _against_engine(groups: Sequence[Group], logp: FloatArray, weight_version: int) -> Mismatch | None:
@@ -161,7 +156,7 @@ def _updates(
     advantages_S: np.ndarray,
     old_logp_N: FloatArray,
     ref_logp_N: FloatArray | None,
-    sequences: SequenceBatch,
+    sequences: SequenceRows,
     policy: PolicyGroup,
     rules: StepRules,
 ) -> tuple[Update, ...]:

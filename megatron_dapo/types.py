@@ -1,6 +1,6 @@
 """What flows through a training step: one frozen type a stage.
 
-    Prompt -> Request -> Completion -> Sample -> Group -> SequenceBatch -> MicroBatch
+    Prompt -> Request -> Completion -> Sample -> Group -> SequenceRows -> SequenceBatch -> MicroBatch
 
 Everything here is plain numpy, so that it travels between processes as it is. Axes:
 `R` response tokens of one sequence, `S` sequences, `T` tokens of all sequences back to back (prompts and
@@ -118,6 +118,52 @@ class Group:
 
 
 @dataclass(frozen=True)
+class SequenceRows:
+    """S sequences, each prompt + response, in the arrays that their groups hold: `select` is what copies tokens."""
+
+    prompts: Sequence[IntArray]  # [S] of [P]
+    responses: Sequence[IntArray]  # [S] of [R]
+
+    @staticmethod
+    def from_groups(groups: Iterable[Group]) -> SequenceRows:
+        """The groups' samples in order: group by group, sample by sample."""
+        rows = [(group.prompt.token_ids, sample.completion.token_ids) for group in groups for sample in group.samples]
+        return SequenceRows([prompt for prompt, _ in rows], [response for _, response in rows])
+
+    def __len__(self) -> int:
+        return len(self.responses)
+
+    @cached_property
+    def prompt_lengths(self) -> IntArray:
+        """[S]"""
+        return np.array([len(prompt) for prompt in self.prompts], np.int64)
+
+    @cached_property
+    def response_lengths(self) -> IntArray:
+        """[S]"""
+        return np.array([len(response) for response in self.responses], np.int64)
+
+    @property
+    def lengths(self) -> IntArray:
+        """[S] prompt + response tokens."""
+        return self.prompt_lengths + self.response_lengths
+
+    @cached_property
+    def cu_responses(self) -> IntArray:
+        """[S+1] where each response starts in an array over response tokens [N]."""
+        return _offsets(self.response_lengths)
+
+    def select(self, indices: Sequence[int]) -> SequenceBatch:
+        """The sequences at `indices`, in that order."""
+        parts = [part for index in indices for part in (self.prompts[index], self.responses[index])]
+        return SequenceBatch(
+            token_ids=np.concatenate(parts, dtype=np.int32) if parts else np.zeros(0, np.int32),
+            lengths=self.lengths[list(indices)],
+            prompt_lengths=self.prompt_lengths[list(indices)],
+        )
+
+
+@dataclass(frozen=True)
 class SequenceBatch:
     """S sequences, each prompt + response, back to back in one buffer.
 
@@ -131,13 +177,8 @@ class SequenceBatch:
     @staticmethod
     def from_groups(groups: Iterable[Group]) -> SequenceBatch:
         """The groups' samples in order: group by group, sample by sample."""
-        rows = [(g.prompt.token_ids, s.completion.token_ids) for g in groups for s in g.samples]
-        parts = [part for row in rows for part in row]
-        return SequenceBatch(
-            token_ids=np.concatenate(parts, dtype=np.int32) if parts else np.zeros(0, np.int32),
-            lengths=np.array([len(p) + len(r) for p, r in rows], np.int64),
-            prompt_lengths=np.array([len(p) for p, _ in rows], np.int64),
-        )
+        rows = SequenceRows.from_groups(groups)
+        return rows.select(range(len(rows)))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -149,12 +190,12 @@ class SequenceBatch:
     @cached_property
     def cu_seqlens(self) -> IntArray:
         """[S+1] where each sequence starts in `token_ids`."""
-        return np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
+        return _offsets(self.lengths)
 
     @cached_property
     def cu_responses(self) -> IntArray:
         """[S+1] where each response starts in an array over response tokens [N]."""
-        return np.concatenate([[0], np.cumsum(self.response_lengths)]).astype(np.int64)
+        return _offsets(self.response_lengths)
 
     def select(self, indices: Sequence[int]) -> SequenceBatch:
         """The sequences at `indices`, in that order."""
@@ -163,6 +204,11 @@ class SequenceBatch:
             lengths=self.lengths[list(indices)],
             prompt_lengths=self.prompt_lengths[list(indices)],
         )
+
+
+def _offsets(lengths: IntArray) -> IntArray:
+    """[S+1] where each of S rows back to back starts, and the last one ends."""
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
 def take_ragged(values: NDArray, offsets: IntArray, indices: Sequence[int]) -> NDArray:
@@ -175,14 +221,15 @@ def take_ragged(values: NDArray, offsets: IntArray, indices: Sequence[int]) -> N
 class TokenTerms:
     """What the loss needs of each response token, [N], and of each sequence, [S]: float32.
 
-    `weight` is the aggregation: the loss is the plain sum of weight x loss over all tokens of a mini-batch.
+    `weight` is the aggregation: the loss is the plain sum of weight x loss over all tokens of a mini-batch. A token
+    with a log-prob in here that is not finite (`nonfinite_tokens`) weighs nothing, whatever its sequence's weight.
     `old_logp` None: the mini-batch is its own old policy, and every ratio is 1.
     `ref_logp` is there where a KL term is part of the loss.
     `rollout_logp`, the engine's, is there where truncated importance sampling is on.
     """
 
-    weight: FloatArray  # [N]
-    advantage: FloatArray  # [S]: one for all tokens of a response
+    weight: FloatArray  # [S]: one for all tokens of a response
+    advantage: FloatArray  # [S]: likewise
     old_logp: FloatArray | None  # [N], as those that follow
     ref_logp: FloatArray | None
     rollout_logp: FloatArray | None
@@ -194,12 +241,18 @@ class TokenTerms:
             return None if values is None else take_ragged(values, offsets, indices)
 
         return TokenTerms(
-            weight=take_ragged(self.weight, offsets, indices),
+            weight=self.weight[list(indices)],
             advantage=self.advantage[list(indices)],
             old_logp=chosen(self.old_logp),
             ref_logp=chosen(self.ref_logp),
             rollout_logp=chosen(self.rollout_logp),
         )
+
+
+def nonfinite_tokens(*logps: FloatArray | None) -> NDArray[np.intp]:
+    """Where among the N tokens any of them is NaN or infinite."""
+    found = [np.flatnonzero(~np.isfinite(logp)) for logp in logps if logp is not None]
+    return np.unique(np.concatenate(found)) if found else np.zeros(0, np.intp)
 
 
 @dataclass(frozen=True)
@@ -208,6 +261,27 @@ class MicroBatch:
 
     sequences: SequenceBatch
     terms: TokenTerms
+
+
+@dataclass(frozen=True)
+class PlannedMicroBatch:
+    """A `MicroBatch` whose tokens still lie where the mini-batch has them. They are copied when it is pickled, which
+    makes it one, or read: what is packed for one rank is gone when the next one's is, and takes the same memory."""
+
+    mini_batch: SequenceRows
+    mini_batch_terms: TokenTerms
+    indices: Sequence[int]  # of its sequences in the mini-batch
+
+    @property
+    def sequences(self) -> SequenceBatch:
+        return self.mini_batch.select(self.indices)
+
+    @property
+    def terms(self) -> TokenTerms:
+        return self.mini_batch_terms.select(self.mini_batch.cu_responses, self.indices)
+
+    def __reduce__(self) -> tuple[type[MicroBatch], tuple[SequenceBatch, TokenTerms]]:
+        return MicroBatch, (self.sequences, self.terms)
 
 
 class CheckpointError(ValueError):

@@ -16,7 +16,16 @@ from megatron_dapo.algo.aggregation import SequenceLayout, sequence_weights
 from megatron_dapo.algo.rollout_correction import outside_band
 from megatron_dapo.config.tree import LossAggMode, LossScale, RolloutCorrectionConfig
 from megatron_dapo.data.packing import Plan
-from megatron_dapo.types import FloatArray, Group, IntArray, MicroBatch, SequenceBatch, TokenTerms
+from megatron_dapo.types import (
+    FloatArray,
+    Group,
+    IntArray,
+    MicroBatch,
+    PlannedMicroBatch,
+    SequenceRows,
+    TokenTerms,
+    nonfinite_tokens,
+)
 
 
 def mini_batches(groups: Sequence[Group], groups_per_mini_batch: int) -> list[tuple[Group, ...]]:
@@ -30,13 +39,13 @@ def mini_batches(groups: Sequence[Group], groups_per_mini_batch: int) -> list[tu
 class MiniBatch:
     """S sequences and what the loss needs of them, before it is known where each is computed."""
 
-    sequences: SequenceBatch
+    sequences: SequenceRows
     group_ids: IntArray  # [S]
     truncated: NDArray[np.bool_]  # [S] ended by the length limit
     advantages: NDArray[np.floating]  # [S]
     old_logp: FloatArray | None  # [N]; None: the mini-batch is its own old policy
     ref_logp: FloatArray | None  # [N], where a KL term is part of the loss
-    rollout_logp: FloatArray  # [N] the engine's
+    rollout_logp: Sequence[FloatArray]  # [S] of [R] the engine's
 
     @staticmethod
     def from_groups(
@@ -45,13 +54,13 @@ class MiniBatch:
         old_logp: FloatArray | None,
         ref_logp: FloatArray | None = None,
     ) -> MiniBatch:
-        """The groups' samples in order, as in `SequenceBatch.from_groups`.
+        """The groups' samples in order, as in `SequenceRows.from_groups`.
 
         Raises:
             ValueError: `advantages` is not [S], or a log-prob array is not [N].
         """
-        sequences = SequenceBatch.from_groups(groups)
-        tokens = int(sequences.response_lengths.sum())
+        sequences = SequenceRows.from_groups(groups)
+        tokens = int(sequences.cu_responses[-1])
         for name, values, wanted in [
             ("advantages", advantages, len(sequences)),
             ("old_logp", old_logp, tokens),
@@ -69,7 +78,7 @@ class MiniBatch:
             advantages=advantages,
             old_logp=old_logp,
             ref_logp=ref_logp,
-            rollout_logp=np.concatenate([s.completion.logprobs for g in groups for s in g.samples]),
+            rollout_logp=[s.completion.logprobs for g in groups for s in g.samples],
         )
 
 
@@ -87,7 +96,8 @@ class LossWeighting:
 class Update:
     """One optimizer update's work, and how much of the mini-batch counts in it."""
 
-    ranks: tuple[tuple[MicroBatch, ...], ...]  # [data-parallel rank][micro-batch], as many on each rank
+    # [data-parallel rank][micro-batch], as many on each rank
+    ranks: tuple[tuple[MicroBatch | PlannedMicroBatch, ...], ...]
     plan: Plan  # which sequences of the mini-batch these hold
     cu_responses: IntArray  # [S+1] where each response of the mini-batch starts among its tokens
     tokens: int  # response tokens that count; with 0 every gradient is 0
@@ -99,10 +109,10 @@ class Update:
 def build_update(batch: MiniBatch, plan: Plan, weighting: LossWeighting) -> Update:
     """The micro-batches of `plan`, each token with its weight: their weighted losses sum to the mini-batch's loss.
 
-    A token with a log-prob that is used and not finite gets weight 0 before denominators are taken, and log-prob 0, so
-    that no NaN spreads; so do all tokens of a sequence that is filtered or masked. A micro-batch that the plan leaves
-    empty gets the last prompt and the first response token of the shortest sequence, with weight 0: every rank then
-    runs as many passes.
+    A token with a log-prob that is used and not finite is in no denominator, and weighs nothing (see `TokenTerms`); so
+    it is with all tokens of a sequence that is filtered or masked. A micro-batch that the plan leaves empty gets the
+    last prompt and the first response token of the shortest sequence, with weight 0: every rank then runs as many
+    passes.
 
     Raises:
         ValueError: `plan` does not hold each sequence exactly once.
@@ -110,25 +120,25 @@ def build_update(batch: MiniBatch, plan: Plan, weighting: LossWeighting) -> Upda
     sequences = batch.sequences
     lengths_S = sequences.response_lengths
     correction = weighting.correction
-    rollout_logp = None if correction.tis_cap is None else batch.rollout_logp
-    nonfinite = _nonfinite(batch.old_logp, batch.ref_logp, rollout_logp)
+    rollout_logp = None if correction.tis_cap is None else np.concatenate(batch.rollout_logp)
+    nonfinite = nonfinite_tokens(batch.old_logp, batch.ref_logp, rollout_logp)
     sequence_of_nonfinite = np.searchsorted(sequences.cu_responses, nonfinite, side="right") - 1
     filtered_S = batch.truncated & weighting.overlong_filtering
     masked_S = np.zeros(len(sequences), np.bool_)
     if batch.old_logp is not None and correction.masks:
         sequence_N = np.repeat(np.arange(len(sequences)), lengths_S)
-        log_ratio_N = batch.old_logp - batch.rollout_logp
+        log_ratio_N = batch.old_logp - np.concatenate(batch.rollout_logp)
         masked_S = outside_band(log_ratio_N, sequence_N, len(sequences), correction.mis_low, correction.mis_high)
     finite_S = lengths_S - np.bincount(sequence_of_nonfinite, minlength=len(sequences))
     counts_S = np.where(filtered_S | masked_S, 0, finite_S)
     layout = _layout(plan, len(sequences))
     weight_S = sequence_weights(weighting.agg_mode, weighting.scale, counts_S, batch.group_ids, layout=layout)
     terms = TokenTerms(
-        weight=_zero_at(nonfinite, np.repeat(np.where(counts_S > 0, weight_S, 0).astype(np.float32), lengths_S)),
+        weight=np.where(counts_S > 0, weight_S, 0).astype(np.float32),
         advantage=batch.advantages.astype(np.float32),
-        old_logp=None if batch.old_logp is None else _zero_at(nonfinite, batch.old_logp),
-        ref_logp=None if batch.ref_logp is None else _zero_at(nonfinite, batch.ref_logp),
-        rollout_logp=None if rollout_logp is None else _zero_at(nonfinite, rollout_logp),
+        old_logp=batch.old_logp,
+        ref_logp=batch.ref_logp,
+        rollout_logp=rollout_logp,
     )
     return Update(
         ranks=tuple(tuple(_micro_batch(sequences, terms, indices) for indices in rank) for rank in plan),
@@ -139,21 +149,6 @@ def build_update(batch: MiniBatch, plan: Plan, weighting: LossWeighting) -> Upda
         masked_sequences=int(masked_S.sum()),
         nonfinite_tokens=len(nonfinite),
     )
-
-
-def _nonfinite(*logps: FloatArray | None) -> NDArray[np.intp]:
-    """Where among the N tokens any of them is NaN or infinite."""
-    found = [np.flatnonzero(~np.isfinite(logp)) for logp in logps if logp is not None]
-    return np.unique(np.concatenate(found)) if found else np.zeros(0, np.intp)
-
-
-def _zero_at(places: NDArray[np.intp], values_N: FloatArray) -> FloatArray:
-    """A copy with zeros there; `values_N` itself, as float32, where there are no places."""
-    if not len(places):
-        return values_N.astype(np.float32, copy=False)
-    zeroed_N = values_N.astype(np.float32)
-    zeroed_N[places] = 0
-    return zeroed_N
 
 
 def _layout(plan: Plan, sequences: int) -> SequenceLayout:
@@ -167,26 +162,24 @@ def _layout(plan: Plan, sequences: int) -> SequenceLayout:
     return SequenceLayout(dp_rank, micro_batch, len(plan))
 
 
-def _micro_batch(sequences: SequenceBatch, terms: TokenTerms, indices: Sequence[int]) -> MicroBatch:
-    if not indices:
-        return _filler(sequences, terms)
-    return MicroBatch(sequences.select(indices), terms.select(sequences.cu_responses, indices))
+def _micro_batch(sequences: SequenceRows, terms: TokenTerms, indices: Sequence[int]) -> MicroBatch | PlannedMicroBatch:
+    return PlannedMicroBatch(sequences, terms, indices) if indices else _filler(sequences, terms)
 
 
-def _filler(sequences: SequenceBatch, terms: TokenTerms) -> MicroBatch:
+def _filler(sequences: SequenceRows, terms: TokenTerms) -> MicroBatch:
     whole = np.flatnonzero((sequences.prompt_lengths > 0) & (sequences.response_lengths > 0))
     if not len(whole):
         raise ValueError("no sequence of the mini-batch has a prompt and a response token; nothing can be trained on")
     shortest = whole[sequences.lengths[whole].argmin()]
-    middle = int(sequences.cu_seqlens[shortest] + sequences.prompt_lengths[shortest])
-    zero_N = np.zeros(1, np.float32)
+    tokens = SequenceRows([sequences.prompts[shortest][-1:]], [sequences.responses[shortest][:1]])
+    zero = np.zeros(1, np.float32)
     return MicroBatch(
-        SequenceBatch(sequences.token_ids[middle - 1 : middle + 1], np.array([2]), np.array([1])),
+        tokens.select([0]),
         TokenTerms(
-            weight=zero_N,
-            advantage=zero_N,
-            old_logp=None if terms.old_logp is None else zero_N,
-            ref_logp=None if terms.ref_logp is None else zero_N,
-            rollout_logp=None if terms.rollout_logp is None else zero_N,
+            weight=zero,
+            advantage=zero,
+            old_logp=None if terms.old_logp is None else zero,
+            ref_logp=None if terms.ref_logp is None else zero,
+            rollout_logp=None if terms.rollout_logp is None else zero,
         ),
     )

@@ -20,7 +20,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_dapo.mcore.attention import PromptFamily, TorchAttentionInputs
 from megatron_dapo.mcore.parallel import RankLayout, device
-from megatron_dapo.types import MicroBatch, SequenceBatch, TokenTerms
+from megatron_dapo.types import MicroBatch, PlannedMicroBatch, SequenceBatch, TokenTerms, nonfinite_tokens
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,14 @@ class RankBatch:
     head: HeadInputs
 
 
-def rank_batch(micro_batch: MicroBatch | SequenceBatch, layout: RankLayout, packed: bool, sp: bool) -> RankBatch:
+def rank_batch(
+    micro_batch: MicroBatch | PlannedMicroBatch | SequenceBatch, layout: RankLayout, packed: bool, sp: bool
+) -> RankBatch:
     """A micro-batch as this rank sees it; `sp`: sequence parallelism is on."""
-    if isinstance(micro_batch, MicroBatch):
-        sequences, terms = micro_batch.sequences, micro_batch.terms
-    else:
+    if isinstance(micro_batch, SequenceBatch):
         sequences, terms = micro_batch, None
+    else:
+        sequences, terms = micro_batch.sequences, micro_batch.terms
     rows = _packed_rows(sequences, layout, sp) if packed else _padded_rows(sequences, layout, sp)
     where = _local_columns(rows.segments, layout)
     local = np.full(rows.token_ids.shape[1], -1)
@@ -227,19 +229,25 @@ def _response_tokens(batch: SequenceBatch) -> np.ndarray:
 
 
 def _head_terms(terms: TokenTerms, sequences: SequenceBatch, chosen: np.ndarray, target: torch.device) -> HeadTerms:
-    def at(values: np.ndarray, where: np.ndarray = chosen) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values[where], np.float32)).to(target)
-
-    def where_given(values: np.ndarray | None) -> torch.Tensor | None:
-        return None if values is None else at(values)
-
+    """A token with a log-prob that is not finite gets weight and log-probs of 0, so that no NaN spreads."""
     sequence = np.repeat(np.arange(len(sequences)), sequences.response_lengths)[chosen]
+    logps = [None if logp is None else logp[chosen] for logp in (terms.old_logp, terms.ref_logp, terms.rollout_logp)]
+    silent = nonfinite_tokens(*logps)
+
+    def tensor(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(target)
+
+    def silenced(values: np.ndarray) -> torch.Tensor:
+        values[silent] = 0
+        return tensor(values)
+
+    old_logp, ref_logp, rollout_logp = (None if logp is None else silenced(logp) for logp in logps)
     return HeadTerms(
-        weight=at(terms.weight),
-        advantage=at(terms.advantage, sequence),
-        old_logp=where_given(terms.old_logp),
-        ref_logp=where_given(terms.ref_logp),
-        rollout_logp=where_given(terms.rollout_logp),
+        weight=silenced(terms.weight[sequence]),
+        advantage=tensor(terms.advantage[sequence]),
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        rollout_logp=rollout_logp,
         sequence=torch.from_numpy(sequence).to(target),
         num_sequences=len(sequences),
     )

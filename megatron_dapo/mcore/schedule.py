@@ -19,7 +19,7 @@ from megatron_dapo.mcore.fused_loss import SUMS, Objective
 from megatron_dapo.mcore.head import DapoHead
 from megatron_dapo.mcore.parallel import RankLayout, current_layout
 from megatron_dapo.progress import PROGRESS
-from megatron_dapo.types import FloatArray, MicroBatch, SequenceBatch
+from megatron_dapo.types import FloatArray, MicroBatch, PlannedMicroBatch, SequenceBatch
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Model:
     config: Any  # Megatron's TransformerConfig
 
 
-def forward_backward(model: Model, micro_batches: Sequence[MicroBatch]) -> PassResult:
+def forward_backward(model: Model, micro_batches: Sequence[MicroBatch | PlannedMicroBatch]) -> PassResult:
     """One forward and backward pass of each micro-batch; gradients are summed over all ranks by Megatron."""
     return _run(model, micro_batches, forward_only=False)
 
@@ -59,7 +59,9 @@ def log_probs(model: Model, micro_batches: Sequence[SequenceBatch]) -> PassResul
         return _run(model, micro_batches, forward_only=True)
 
 
-def _run(model: Model, micro_batches: Sequence[MicroBatch] | Sequence[SequenceBatch], forward_only: bool) -> PassResult:
+def _run(
+    model: Model, micro_batches: Sequence[MicroBatch | PlannedMicroBatch | SequenceBatch], forward_only: bool
+) -> PassResult:
     layout = current_layout()
     batches = [rank_batch(mb, layout, model.packed, model.config.sequence_parallel) for mb in micro_batches]
     outputs: list[dict[str, Any]] = get_forward_backward_func()(

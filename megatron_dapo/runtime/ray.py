@@ -57,6 +57,12 @@ class Share:
     name: str = ""  # of the group, where there are several
 
 
+def put(shards: Sequence[Any]) -> list[ray.ObjectRef]:
+    """[rank] its shard in the object store: one object where ranks share a shard, the same one by identity."""
+    kept = {id(shard): ray.put(shard) for shard in {id(shard): shard for shard in shards}.values()}
+    return [kept[id(shard)] for shard in shards]
+
+
 class RayRuntime:
     """A connection to a cluster, and the groups on it. Made by `connect`, used as a context."""
 
@@ -221,11 +227,9 @@ class RayGroup:
         """
         self._ending.check()
         check_start(method, shards, self.size, self._busy)
-        # By identity: a shard that several ranks share is put once, and they read the same memory.
-        kept = {id(shard): ray.put(shard) for shard in {id(shard): shard for shard in shards}.values()}
         calls = {
-            actor.stream.options(num_returns="streaming").remote(method, kept[id(shards[rank])]): rank
-            for rank, actor in enumerate(self._ranks)
+            actor.stream.options(num_returns="streaming").remote(method, reference): rank
+            for rank, (actor, reference) in enumerate(zip(self._ranks, put(shards), strict=True))
         }
         self._busy, self.called = phase_of(method), method
         return CallHandle(self.size, method, self._until_the_end(calls, self._busy))

@@ -16,7 +16,7 @@ from megatron_dapo.data.packing import Plan, plan_micro_batches
 from megatron_dapo.mcore.parallel import RankLayout
 from megatron_dapo.mcore.schedule import TokenStats
 from megatron_dapo.runtime.group import WorkerGroup
-from megatron_dapo.types import FloatArray, IntArray, SequenceBatch
+from megatron_dapo.types import FloatArray, IntArray, SequenceBatch, SequenceRows
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class ModelRanks:
         return [shards[layout.dp_rank] for layout in self.layouts]
 
     def start_log_probs(
-        self, method: Callable[..., Any], sequences: SequenceBatch, limits: MicroBatchLimits
+        self, method: Callable[..., Any], sequences: SequenceRows | SequenceBatch, limits: MicroBatchLimits
     ) -> Callable[[], FloatArray]:
         """Have all ranks begin; the function returned waits for the log-prob of each response token, [N].
 

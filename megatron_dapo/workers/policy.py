@@ -37,7 +37,7 @@ from megatron_dapo.mcore.schedule import Model, TokenStats, forward_backward, lo
 from megatron_dapo.mcore.shard_write import WriteFailure, Written
 from megatron_dapo.mcore.weights import export_hf, load_hf
 from megatron_dapo.progress import PROGRESS
-from megatron_dapo.types import MicroBatch, SequenceBatch
+from megatron_dapo.types import MicroBatch, PlannedMicroBatch, SequenceBatch
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class PolicySettings:
 class UpdateShard:
     """One data-parallel rank's share of a step: micro-batches of each mini-batch, in order."""
 
-    mini_batches: tuple[tuple[MicroBatch, ...], ...]
+    mini_batches: tuple[tuple[MicroBatch | PlannedMicroBatch, ...], ...]
     lr: float
     report_first: bool = False  # the log-probs that the first mini-batch's tokens have in its own pass
 

@@ -15,7 +15,7 @@ from megatron_dapo.mcore.shard_write import WriteFailure, Written
 from megatron_dapo.progress import PROGRESS
 from megatron_dapo.runtime.group import WorkerGroup
 from megatron_dapo.runtime.host import WorkerHost
-from megatron_dapo.types import FloatArray, IntArray, SequenceBatch
+from megatron_dapo.types import FloatArray, IntArray, SequenceBatch, SequenceRows
 from megatron_dapo.workers.passes import MicroBatchLimits, ModelRanks, in_order
 from megatron_dapo.workers.policy import PolicyWorker, SaveOrder, UpdateShard, UpdateStats
 
@@ -51,11 +51,11 @@ class PolicyGroup:
         self._group, self._limits = group, limits
         self._ranks = ModelRanks(group, group.call_all(PolicyWorker.rank_layout))
 
-    def log_probs(self, sequences: SequenceBatch) -> FloatArray:
+    def log_probs(self, sequences: SequenceRows | SequenceBatch) -> FloatArray:
         """[N] log-prob of each response token under the present weights."""
         return self._ranks.start_log_probs(PolicyWorker.log_probs, sequences, self._limits.log_prob)()
 
-    def reference_log_probs(self, sequences: SequenceBatch) -> FloatArray:
+    def reference_log_probs(self, sequences: SequenceRows | SequenceBatch) -> FloatArray:
         """[N] the same under the frozen reference."""
         return self._ranks.start_log_probs(PolicyWorker.reference_log_probs, sequences, self._limits.reference)()
 

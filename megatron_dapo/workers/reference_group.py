@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_dapo.runtime.group import WorkerGroup
-from megatron_dapo.types import FloatArray, SequenceBatch
+from megatron_dapo.types import FloatArray, SequenceBatch, SequenceRows
 from megatron_dapo.workers.passes import MicroBatchLimits, ModelRanks
 from megatron_dapo.workers.policy_group import PolicyGroup
 from megatron_dapo.workers.reference import ReferenceWorker
 
 
 class Reference(Protocol):
-    def start_log_probs(self, sequences: SequenceBatch) -> Callable[[], FloatArray]:
+    def start_log_probs(self, sequences: SequenceRows | SequenceBatch) -> Callable[[], FloatArray]:
         """The function returned gives the log-prob of each response token, [N]; call it before starting the next."""
         ...
 
@@ -25,7 +25,7 @@ class SharedReference:
 
     policy: PolicyGroup
 
-    def start_log_probs(self, sequences: SequenceBatch) -> Callable[[], FloatArray]:
+    def start_log_probs(self, sequences: SequenceRows | SequenceBatch) -> Callable[[], FloatArray]:
         """See `Reference`."""
         return lambda: self.policy.reference_log_probs(sequences)
 
@@ -37,6 +37,6 @@ class OwnReference:
         self._ranks = ModelRanks(group, group.call_all(ReferenceWorker.rank_layout))
         self._limits = limits
 
-    def start_log_probs(self, sequences: SequenceBatch) -> Callable[[], FloatArray]:
+    def start_log_probs(self, sequences: SequenceRows | SequenceBatch) -> Callable[[], FloatArray]:
         """See `Reference`."""
         return self._ranks.start_log_probs(ReferenceWorker.log_probs, sequences, self._limits)

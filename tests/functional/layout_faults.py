@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_dapo.mcore import optimizer as mcore_optimizer
-from megatron_dapo.types import MicroBatch
+from megatron_dapo.types import MicroBatch, PlannedMicroBatch
 from megatron_dapo.workers import policy
 
 # isort: split
@@ -19,9 +19,21 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 
 
-def weights_off_by_one(micro_batch: MicroBatch) -> MicroBatch:
+def weights_off_by_one(micro_batch: MicroBatch | PlannedMicroBatch) -> MicroBatch:
     terms = micro_batch.terms
-    return replace(micro_batch, terms=replace(terms, weight=np.roll(terms.weight, 1)))
+    return MicroBatch(micro_batch.sequences, replace(terms, weight=np.roll(terms.weight, 1)))
+
+
+def old_logp_off_by_one(micro_batch: MicroBatch | PlannedMicroBatch) -> MicroBatch:
+    terms = micro_batch.terms
+    assert terms.old_logp is not None
+    return MicroBatch(micro_batch.sequences, replace(terms, old_logp=np.roll(terms.old_logp, 1)))
+
+
+DATA_FAULTS = {
+    "weights off by one sequence": weights_off_by_one,
+    "old log-probs off by one token": old_logp_off_by_one,
+}
 
 
 @contextmanager

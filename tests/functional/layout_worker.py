@@ -31,11 +31,11 @@ from megatron_dapo.mcore.fused_loss import Objective
 from megatron_dapo.mcore.optimizer import zero_gradients
 from megatron_dapo.mcore.schedule import PassResult, forward_backward
 from megatron_dapo.mcore.weights import local_parameters
-from megatron_dapo.types import FloatArray, IntArray, MicroBatch, SequenceBatch
+from megatron_dapo.types import FloatArray, IntArray, MicroBatch, PlannedMicroBatch, SequenceBatch
 from megatron_dapo.workers.policy import PolicySettings, PolicyWorker, UpdateShard
 from tests.functional.forked_ranks import run_ranks
 from tests.functional.layout_cases import CLIP, LR, Deviations, Job
-from tests.functional.layout_faults import planted, weights_off_by_one
+from tests.functional.layout_faults import DATA_FAULTS, planted
 from tests.functional.megatron_groups import forget_layout
 
 # Adam without momentum and with a huge epsilon is plain gradient descent: its step is rate · g / (|g| + epsilon),
@@ -139,12 +139,13 @@ def _plan(job: Job, dp_size: int) -> Plan:
     )
 
 
-def _micro_batches(job: Job, plan: Plan, dp_rank: int) -> tuple[MicroBatch, ...]:
+def _micro_batches(job: Job, plan: Plan, dp_rank: int) -> tuple[MicroBatch | PlannedMicroBatch, ...]:
     problem, formula = job.problem, job.formula
     batch = MiniBatch.from_groups(problem.groups, problem.advantages, problem.old_logp, problem.ref_logp)
     weighting = LossWeighting(formula.agg_mode, formula.scale, formula.overlong_filtering)
     own = build_update(batch, plan, weighting).ranks[dp_rank]
-    return tuple(map(weights_off_by_one, own)) if job.case.fault == "weights off by one token" else own
+    fault = DATA_FAULTS.get(job.case.fault)
+    return own if fault is None else tuple(map(fault, own))
 
 
 def _over_replicas(result: PassResult, reports: bool) -> float:

@@ -123,8 +123,8 @@ def _micro_batch(number: int, vocab: int) -> MicroBatch:
     lengths, prompts = np.array(LENGTHS), np.array(PROMPTS)
     sequences = SequenceBatch(rng.integers(0, vocab, lengths.sum()).astype(np.int64), lengths, prompts)
     tokens = int((lengths - prompts).sum())
-    zero, weight = np.zeros(tokens, np.float32), np.full(tokens, 1 / tokens, np.float32)
-    return MicroBatch(sequences, TokenTerms(weight, rng.normal(size=tokens).astype(np.float32), zero, None, None))
+    zero, weight = np.zeros(tokens, np.float32), np.full(len(lengths), 1 / tokens, np.float32)
+    return MicroBatch(sequences, TokenTerms(weight, rng.normal(size=len(lengths)).astype(np.float32), zero, None, None))
 
 
 def _settings(case: dict[str, Any]) -> PolicySettings:

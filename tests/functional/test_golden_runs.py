@@ -86,7 +86,7 @@ def test_a_token_weighs_what_the_settings_mode_says_exactly(run: Path, folder: P
             WITHOUT_DYNAMIC_SAMPLING: np.full(lengths.sum(), 1 / lengths.sum()),
             EARLY: np.repeat(1 / (len(lengths) * lengths), lengths),
         }[setting]
-        np.testing.assert_array_equal(micro_batch.terms.weight, wanted.astype(np.float32))
+        np.testing.assert_array_equal(np.repeat(micro_batch.terms.weight, lengths), wanted.astype(np.float32))
 
 
 @pytest.mark.parametrize("wrong", RUNS)

@@ -92,9 +92,8 @@ SHIFTS = (0.0, 0.1, -0.1, 0.6, -0.6, 2.8)
 
 
 def token_terms(rollouts: Rollouts, weight_S: np.ndarray, logp_N: np.ndarray, ref_N: np.ndarray | None) -> TokenTerms:
-    repeat = rollouts.sequences.response_lengths
     return TokenTerms(
-        weight=np.repeat(weight_S, repeat).astype(np.float32),
+        weight=weight_S.astype(np.float32),
         advantage=rollouts.advantage.astype(np.float32),
         old_logp=(logp_N - rollouts.shift).astype(np.float32),
         ref_logp=None if ref_N is None else ref_N.astype(np.float32),

@@ -30,6 +30,7 @@ from megatron_dapo.types import (
     RewardResult,
     Sample,
     SequenceBatch,
+    SequenceRows,
 )
 from megatron_dapo.workers.reference_group import SharedReference
 
@@ -65,16 +66,17 @@ class WrittenPolicy:
     skipped: int = 0  # sequences at the step's start that nobody should ask about
     calls: list[str] = field(default_factory=list)
 
-    def log_probs(self, sequences: SequenceBatch) -> FloatArray:
+    def log_probs(self, sequences: SequenceRows) -> FloatArray:
         self.calls.append("policy")
         whole = SequenceBatch.from_groups(self.groups)
-        assert (sequences.token_ids == whole.token_ids[whole.cu_seqlens[self.skipped] :]).all()
+        asked = sequences.select(range(len(sequences)))
+        assert (asked.token_ids == whole.token_ids[whole.cu_seqlens[self.skipped] :]).all()
         return self.true_logp()[whole.cu_responses[self.skipped] :]
 
     def true_logp(self) -> FloatArray:
         return (engine_logp(self.groups) + self.over_engine).astype(np.float32)
 
-    def reference_log_probs(self, sequences: SequenceBatch) -> FloatArray:
+    def reference_log_probs(self, sequences: SequenceRows) -> FloatArray:
         self.calls.append("reference")
         return (engine_logp(self.groups) + self.over_engine - self.over_reference).astype(np.float32)
 
@@ -182,7 +184,7 @@ def test_sequences_that_engine_and_trainer_disagree_about_are_masked_and_counted
     prepared = prepare(WrittenPolicy(GROUPS, gap), rules_of(rollout_correction=correction))
     assert prepared.left_out() == {"truncated_sequences": 0, "masked_sequences": 2, "nonfinite_tokens": 0}
     weight = prepared.updates[0].ranks[0][0].terms.weight
-    np.testing.assert_allclose(weight, [1 / 9] * 9 + [0, 0], rtol=1e-6)
+    np.testing.assert_allclose(weight, [1 / 9] * 5 + [0, 0], rtol=1e-6)
 
 
 def test_mini_batches_are_whole_groups_in_accepted_order():

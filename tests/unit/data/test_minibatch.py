@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from megatron_dapo.algo.aggregation import SequenceLayout, sequence_weights
 from megatron_dapo.config.tree import RolloutCorrectionConfig
 from megatron_dapo.data.minibatch import LossWeighting, MiniBatch, build_update, mini_batches
 from megatron_dapo.data.packing import plan_micro_batches
-from megatron_dapo.types import Completion, Group, MicroBatch, Prompt, Sample
+from megatron_dapo.types import Completion, Group, MicroBatch, PlannedMicroBatch, Prompt, Sample, nonfinite_tokens
 from tests.unit.data.fakes import graded
 
 GLOBAL = LossWeighting("token-mean", "global", overlong_filtering=False)
@@ -49,8 +50,13 @@ def plan(dp_size: int, max_tokens: int = 15, multiple_of: int = 1):
     return plan_micro_batches(batch().sequences.lengths, dp_size, max_tokens=max_tokens, multiple_of=multiple_of)
 
 
+def by_response(values_N: np.ndarray) -> list[np.ndarray]:
+    return np.split(values_N, np.cumsum([sample.length for group in GROUPS for sample in group.samples])[:-1])
+
+
 def by_token(ranks: tuple[tuple[MicroBatch, ...], ...], name: str) -> dict[int, float]:
     """What `terms.<name>` says of each response token that weighs something."""
+    given = ("old_logp", "ref_logp", "rollout_logp")
     found = {}
     for micro_batch in (m for rank in ranks for m in rank):
         sequences = micro_batch.sequences
@@ -61,9 +67,11 @@ def by_token(ranks: tuple[tuple[MicroBatch, ...], ...], name: str) -> dict[int, 
                 sequences.cu_seqlens[s] + sequences.prompt_lengths[s] : sequences.cu_seqlens[s + 1]
             ]
         ]
-        values = getattr(micro_batch.terms, name)
-        values_N = np.repeat(values, sequences.response_lengths) if name == "advantage" else values
-        for token, weight, value in zip(ids, micro_batch.terms.weight, values_N, strict=True):
+        terms, values = micro_batch.terms, getattr(micro_batch.terms, name)
+        values_N = values if name in given else np.repeat(values, sequences.response_lengths)
+        weight_N = np.repeat(terms.weight, sequences.response_lengths)
+        weight_N[nonfinite_tokens(*(getattr(terms, each) for each in given))] = 0
+        for token, weight, value in zip(ids, weight_N, values_N, strict=True):
             if weight:
                 assert token not in found
                 found[int(token)] = float(value)
@@ -73,7 +81,7 @@ def by_token(ranks: tuple[tuple[MicroBatch, ...], ...], name: str) -> dict[int, 
 @pytest.mark.parametrize("ratio", ["recompute", "own"])
 def test_truncated_importance_sampling_gets_the_engines_log_probs(ratio: str) -> None:
     weighting = replace(GLOBAL, correction=RolloutCorrectionConfig(tis_cap=2.0))
-    given = replace(batch(OLD if ratio == "recompute" else None), rollout_logp=REF + 1)
+    given = replace(batch(OLD if ratio == "recompute" else None), rollout_logp=by_response(REF + 1))
     update = build_update(given, plan(2), weighting)
     tokens = [int(t) for g in GROUPS for s in g.samples for t in s.completion.token_ids]
     assert by_token(update.ranks, "rollout_logp") == dict(zip(tokens, (REF + 1).tolist(), strict=True))
@@ -84,7 +92,7 @@ def test_truncated_importance_sampling_gets_the_engines_log_probs(ratio: str) ->
 def test_an_engine_log_prob_that_is_not_finite_counts_only_where_it_is_used() -> None:
     broken = REF.copy()
     broken[3] = -np.inf
-    given = replace(batch(), rollout_logp=broken)
+    given = replace(batch(), rollout_logp=by_response(broken))
     assert build_update(given, plan(1), GLOBAL).nonfinite_tokens == 0
     weighting = replace(GLOBAL, correction=RolloutCorrectionConfig(tis_cap=2.0))
     update = build_update(given, plan(1), weighting)
@@ -96,7 +104,7 @@ def test_masked_sequences_are_taken_out_before_denominators() -> None:
     rollout = OLD.copy()
     rollout[:4] -= np.log(2)
     weighting = replace(GLOBAL, correction=RolloutCorrectionConfig(mis_low=0.5, mis_high=1.9))
-    update = build_update(replace(batch(), rollout_logp=rollout), plan(1), weighting)
+    update = build_update(replace(batch(), rollout_logp=by_response(rollout)), plan(1), weighting)
     assert (update.masked_sequences, update.tokens) == (1, N - 4)
     weights = by_token(update.ranks, "weight")
     assert len(weights) == N - 4
@@ -153,11 +161,24 @@ def test_a_token_without_a_finite_log_prob_weighs_nothing_and_is_in_no_denominat
     weights = by_token(update.ranks, "weight")
     assert (len(weights), update.tokens, update.nonfinite_tokens) == (N - 3, N - 3, 3)
     assert set(weights.values()) == {float(np.float32(1 / (N - 3)))}
-    for micro_batch in (m for rank in update.ranks for m in rank):
-        assert micro_batch.terms.old_logp is not None
-        assert np.isfinite(micro_batch.terms.old_logp).all()
-        assert micro_batch.terms.ref_logp is not None
-        assert np.isfinite(micro_batch.terms.ref_logp).all()
+    tokens = [int(t) for g in GROUPS for s in g.samples for t in s.completion.token_ids]
+    assert set(tokens) - weights.keys() == {tokens[0], tokens[5], tokens[36]}
+
+
+def test_a_planned_micro_batch_is_packed_when_it_is_pickled() -> None:
+    for planned in (m for rank in build_update(batch(), plan(2), GLOBAL).ranks for m in rank):
+        assert isinstance(planned, PlannedMicroBatch)
+        sent = pickle.loads(pickle.dumps(planned))
+        assert isinstance(sent, MicroBatch)
+        for given, arrived in ((planned.sequences, sent.sequences), (planned.terms, sent.terms)):
+            assert vars(given).keys() == vars(arrived).keys()
+            assert all(np.array_equal(value, vars(arrived)[name]) for name, value in vars(given).items())
+
+
+def test_epochs_over_the_same_micro_batches_travel_once() -> None:
+    (micro_batches,) = build_update(batch(), plan(1), GLOBAL).ranks
+    sent = pickle.loads(pickle.dumps([micro_batches, micro_batches]))
+    assert sent[0][0] is sent[1][0]
 
 
 def test_overlong_filtering_gives_truncated_responses_no_weight() -> None:

@@ -25,7 +25,8 @@ def sequences_of(*lengths: tuple[int, int]) -> SequenceBatch:
 def terms_of(batch: SequenceBatch, with_optional: bool = False) -> TokenTerms:
     values_N = np.arange(int(batch.cu_responses[-1]), dtype=np.float32)
     optional = (values_N + 300, values_N + 400, values_N + 500) if with_optional else (None, None, None)
-    return TokenTerms(values_N + 100, np.arange(len(batch), dtype=np.float32) + 200, *optional)
+    values_S = np.arange(len(batch), dtype=np.float32)
+    return TokenTerms(values_S + 100, values_S + 200, *optional)
 
 
 def on_cp_ranks(batch: MicroBatch | SequenceBatch, cp_size: int, tp_size: int, packed: bool, sp: bool):
@@ -175,13 +176,29 @@ def test_each_token_keeps_its_own_terms(packed: bool, with_optional: bool):
     for rank in on_cp_ranks(MicroBatch(batch, terms_of(batch, with_optional)), 2, 1, packed, sp=False):
         source, terms = rank.head.source, rank.head.terms
         assert terms is not None
-        assert torch.equal(terms.weight, source + 100.0)
+        assert torch.equal(terms.weight, terms.sequence + 100.0)
         assert torch.equal(terms.advantage, terms.sequence + 200.0)
         for number, values in enumerate((terms.old_logp, terms.ref_logp, terms.rollout_logp)):
             assert (values is not None) == with_optional
             assert values is None or torch.equal(values, source + (300.0 + 100 * number))
         assert torch.equal(terms.sequence, torch.tensor([0] * 7 + [1] + [2] * 4)[source])
         assert terms.num_sequences == 3
+
+
+def test_a_token_with_a_log_prob_that_is_not_finite_weighs_nothing_and_no_nan_goes_on():
+    given = TokenTerms(
+        weight=np.array([8, 9], np.float32),
+        advantage=np.array([6, 7], np.float32),
+        old_logp=np.array([10, np.nan, 12, 13, 14], np.float32),
+        ref_logp=np.array([20, 21, 22, -np.inf, 24], np.float32),
+        rollout_logp=np.array([30, 31, 32, 33, np.inf], np.float32),
+    )
+    terms = rank_batch(MicroBatch(sequences_of((2, 3), (1, 2)), given), ONE, packed=True, sp=False).head.terms
+    assert terms is not None
+    assert terms.weight.tolist() == [8, 0, 8, 0, 0]
+    assert terms.advantage.tolist() == [6, 6, 6, 7, 7]
+    logps = [[] if logp is None else logp.tolist() for logp in (terms.old_logp, terms.ref_logp, terms.rollout_logp)]
+    assert logps == [[10, 0, 12, 0, 0], [20, 0, 22, 0, 0], [30, 0, 32, 0, 0]]
 
 
 def test_sequences_alone_have_no_terms():

@@ -74,7 +74,7 @@ def requests_of(draws: int, n: int, first_draw: int = 0, max_tokens: int = 12) -
 def training_batch(sequences: SequenceBatch, old_logp: np.ndarray, advantage: float = 1.0) -> MicroBatch:
     """Every response token weighs the same; advantages alternate from sequence to sequence."""
     signs = np.where(np.arange(len(sequences)) % 2, -advantage, advantage)
-    weight = np.full(len(old_logp), 1 / len(old_logp), np.float32)
+    weight = np.full(len(sequences), 1 / len(old_logp), np.float32)
     return MicroBatch(sequences, TokenTerms(weight, signs.astype(np.float32), old_logp, None, None))
 
 
