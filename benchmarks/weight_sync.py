@@ -278,6 +278,8 @@ def prepare(policy: PipeGroup, engines: PipeGroup, plan: Plan, shape: ModelShape
     copied, gathered = engines.call(make_memories, sizes)[0]
     for group, amounts in ((policy, plan.sent_bytes), (engines, reads)):
         group.call(prepare_others, [(copied, amount, gathered, shape) for amount in amounts])
+    for handle in (copied, gathered):
+        handle.forget_name()
 
 
 def in_turns(runs: dict[str, Callable[[], None]], rounds: int, ranks: Ranks, plan: Plan) -> dict[str, list[float]]:

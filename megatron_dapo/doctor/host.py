@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_dapo.doctor.finding import Finding, broken, ok, warning
+from megatron_dapo.sync.ring import LARGEST
 
 GIB = 1 << 30
 UNLIMITED = -1
@@ -21,7 +22,7 @@ def check_shared_memory(free: int, ranks: int, bucket_bytes: int, gpus: int) -> 
         ranks: of this node, each of which pushes weights through buckets.
     """
     subject, found = "/dev/shm", f"{free / GIB:.1f} GiB free"
-    needed = 2 * ranks * bucket_bytes  # one is filled while another is read
+    needed = (LARGEST + ranks) * bucket_bytes  # the node's ring, and what each engine hands to its server
     if free < needed:
         remedy = f"docker run --shm-size={-(-needed // GIB)}g or --ipc=host, or lower rollout.weight_sync.bucket_bytes"
         return broken(subject, f"{found}, weights on their way to {ranks} engines take {needed / GIB:.1f}", remedy)

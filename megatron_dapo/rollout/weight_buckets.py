@@ -1,7 +1,8 @@
 """Weights on their way to another process of the host: checked against the model, packed into one shared buffer.
 
-The buffer is one storage of torch's `file_system` kind, used for every bucket; what travels is a pickle that names it
-and the places in it. The receiver has to be through with a bucket before the next one is packed.
+The buffer is one storage of torch's `file_system` kind, used for every bucket of a push and given back at its end, so
+that nothing of it is left in /dev/shm between pushes. What travels is a pickle that names it and the places in it. The
+receiver has to be through with a bucket before the next one is packed.
 """
 
 from __future__ import annotations
@@ -67,16 +68,13 @@ class SharedBuckets:
         sizes = [_aligned(shape.numel() * dtype.itemsize) for shape in weights.shapes.values()]
         self._size = max(min(bucket_bytes, sum(sizes)), *sizes)
         self._dtype, self._readers = dtype, readers
-        self._buffer: Tensor | None = None  # made when it is first needed
 
     def pack(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[list[bytes]]:
         """Buckets, at least one if there is a tensor: [(name, view of the buffer), ...], pickled once for each reader.
 
         torch counts a reference to the memory for each pickle, and takes one off for each unpickling.
         """
-        if self._buffer is None:
-            storage = torch.UntypedStorage._new_using_filename_cpu(self._size)
-            self._buffer = torch.empty(0, dtype=torch.uint8).set_(storage)
+        buffer = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_using_filename_cpu(self._size))
         bucket: list[tuple[str, Tensor]] = []
         used = 0
         for name, tensor in tensors:
@@ -84,7 +82,7 @@ class SharedBuckets:
             if bucket and used + size > self._size:
                 yield [pickled(bucket) for _ in range(self._readers)]
                 bucket, used = [], 0
-            view = self._buffer[used : used + size].view(self._dtype).view(tensor.shape)
+            view = buffer[used : used + size].view(self._dtype).view(tensor.shape)
             view.copy_(tensor.detach())
             bucket.append((name, view))
             used += _aligned(size)

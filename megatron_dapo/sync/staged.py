@@ -35,8 +35,8 @@ MEMORY: dict[str, Callable[[int], tuple[Tensor, Handle]]] = {"host": make_host_m
 class SharedKeeper:
     """What this process has opened for all: it lives as long as the process does."""
 
-    def __init__(self, memory: Sequence[Tensor], store: TCPStore | None):
-        self.memory, self.store = memory, store
+    def __init__(self, memory: Sequence[Tensor], handles: MemoryHandles | None, store: TCPStore | None):
+        self.memory, self.handles, self.store = memory, handles, store
 
 
 class SyncWorker:
@@ -117,6 +117,7 @@ class StagedSync:
             for part in parts
         ]
         ranks.call(take_seat, seats)
+        ranks.call_all(forget_names)
 
     def push(self, version: int) -> None:
         """Raises WeightSyncError: an engine refused the weights."""
@@ -157,8 +158,15 @@ def open_shared(host: WorkerHost, wishes: Wishes) -> Opened:
         handles = MemoryHandles(ring_handle, board_handle)
     if wishes.store_host is not None:
         store = open_store((wishes.store_host, 0), wishes.timeout, master=True)
-    host.add(SharedKeeper(memory, store))
+    host.add(SharedKeeper(memory, handles, store))
     return Opened(handles, 0 if store is None else store.port)
+
+
+def forget_names(host: WorkerHost, _: None) -> None:
+    """All have opened what this process made."""
+    if (handles := host.get(SharedKeeper).handles) is not None:
+        handles.ring.forget_name()
+        handles.board.forget_name()
 
 
 def take_seat(host: WorkerHost, seat: Seat) -> None:

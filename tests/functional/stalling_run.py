@@ -66,7 +66,7 @@ def stall_in_the_third_push() -> None:
     bring = StagedTransport._bring
 
     def stuck(transport: StagedTransport, index: int) -> Any:
-        if transport._done == 2 * len(transport._buckets):
+        if transport._done == 2 * len(transport._views):
             stuck_here()
         return bring(transport, index)
 

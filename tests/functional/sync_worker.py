@@ -7,9 +7,11 @@ the answers, so that one start of torchrun does for all cases.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from megatron_dapo.runtime.host import WorkerHost
 from megatron_dapo.sync.embedded import EmbeddedSync
 from megatron_dapo.sync.errors import WeightSyncError
 from megatron_dapo.sync.staged import SyncWorker
+from megatron_dapo.sync.stores import NAMES
 from megatron_dapo.sync.survey import Ranks
 from megatron_dapo.sync.transport import Transport
 from megatron_dapo.sync.transports import make_weight_sync
@@ -122,6 +125,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     if (fault := case.get("fault")) and dist.get_rank() == case["at_rank"]:
         through = host.get(SyncWorker)
         through.transport = Faulty(through.transport, fault)
+    left = glob(f"{NAMES}{os.getpid()}_*")
     found: dict[str, Any] = {"in_process": isinstance(sync.inner.inner, EmbeddedSync), "error": ""}
     gaps = []
     try:
@@ -132,8 +136,8 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     except WeightSyncError as error:
         found["error"] = str(error)
     everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, gaps)
-    return found | {"different": everywhere}
+    dist.all_gather_object(everywhere, (gaps, left))
+    return found | {"different": [gaps for gaps, _ in everywhere], "names left": [left for _, left in everywhere]}
 
 
 def _settings(case: dict[str, Any]) -> PolicySettings:

@@ -104,6 +104,7 @@ def test_after_every_push_each_engine_has_the_bits_of_the_gathering_export(
     for name, found in run(workspace, world, cases).items():
         assert found["error"] == "", name
         assert found["different"] == [[[], [], []]] * world, name
+        assert found["names left"] == [[]] * world, name
         assert found["in_process"] == ("in_process" in name or "data auto" in name), name
 
 

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import pickle
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from multiprocessing.reduction import ForkingPickler
+from glob import glob
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 
-from megatron_dapo.sync.stores import make_cuda_memory, make_host_memory
+from megatron_dapo.sync.stores import NAMES, make_cuda_memory, make_host_memory
 
-SHARED = Path("/dev/shm")
 ROOT = Path(__file__).parents[3]
 
 READER = """
@@ -28,15 +21,9 @@ import pickle, sys
 handle = pickle.load(sys.stdin.buffer)
 memory = handle.open()
 print(int(memory[5]), flush=True)
-memory[6] = 7
-"""
-OWNER = """
-import pickle, sys, time
-from megatron_dapo.sync.stores import make_host_memory
-memory, handle = make_host_memory(4096)
-memory[0] = 1
-print(handle.name.decode(), flush=True)
-time.sleep(600)
+sys.stdin.read(1)
+memory[6] = memory[5] + 1
+print("written", flush=True)
 """
 
 
@@ -47,58 +34,43 @@ def started(program: str) -> subprocess.Popen[bytes]:
     )
 
 
-def test_another_process_sees_what_is_written_and_writes_back():
+def test_processes_share_memory_that_has_lost_its_name_and_nothing_is_left_in_dev_shm():
     memory, handle = make_host_memory(4096)
     assert not memory.any()
     memory[5] = 42
-    out, _ = started(READER).communicate(pickle.dumps(handle), timeout=120)
-    assert out == b"42\n"
+    reader = started(READER)
+    assert reader.stdin is not None
+    assert reader.stdout is not None
+    reader.stdin.write(pickle.dumps(handle))
+    reader.stdin.flush()
+    assert reader.stdout.readline() == b"42\n"
+    handle.forget_name()
+    assert not Path(handle.path).exists()
+    memory[5] = 6
+    reader.stdin.write(b".")
+    reader.stdin.close()
+    assert reader.stdout.read() == b"written\n"
     assert memory[6] == 7
-
-
-@contextlib.contextmanager
-def sharing_by_file_system() -> Iterator[None]:
-    before = torch.multiprocessing.get_sharing_strategy()
-    torch.multiprocessing.set_sharing_strategy("file_system")
-    try:
-        yield
-    finally:
-        torch.multiprocessing.set_sharing_strategy(before)
-
-
-def test_a_view_pickled_as_engines_want_it_is_the_same_memory():
-    """What SGLang unpickles is a handle: the view's storage is not copied into another one."""
-    memory, handle = make_host_memory(4096)
-    view = memory[64:128].view(torch.float32).view(4, 4)
-    with sharing_by_file_system():
-        buffer = io.BytesIO()
-        ForkingPickler(buffer).dump(view)
-    assert len(buffer.getvalue()) < 2000
-    assert handle.name in buffer.getvalue()
-    arrived = pickle.loads(buffer.getvalue())
-    view[1, 2] = 3.5
-    assert arrived[1, 2] == 3.5
-
-
-def test_nothing_is_left_of_a_process_that_was_killed():
-    owner = started(OWNER)
-    assert owner.stdout is not None
-    file = SHARED / owner.stdout.readline().decode().strip().lstrip("/")
-    assert file.exists()
-    owner.send_signal(signal.SIGKILL)
-    owner.wait()
-    deadline = time.monotonic() + 30
-    while file.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not file.exists()
+    with pytest.raises(FileNotFoundError):
+        handle.open()
 
 
 def test_memory_is_taken_when_it_is_made():
     """So that a /dev/shm that is too small is said then, and is no bus error in the middle of a push."""
     memory, handle = make_host_memory(1 << 24)
     assert memory.shape == (1 << 24,)
-    status = os.stat(SHARED / handle.name.decode().lstrip("/"))
-    assert status.st_blocks * 512 >= 1 << 24
+    assert os.stat(handle.path).st_blocks * 512 >= 1 << 24
+    handle.forget_name()
+
+
+def test_more_than_there_is_is_told_and_leaves_nothing():
+    more = os.statvfs("/dev/shm").f_blocks * os.statvfs("/dev/shm").f_frsize + 1
+    before = glob(f"{NAMES}{os.getpid()}_*")
+    with pytest.raises(
+        RuntimeError, match=r"/dev/shm has no room for [\d,]+ bytes .* lower .*bucket_bytes, or make it"
+    ):
+        make_host_memory(more)
+    assert glob(f"{NAMES}{os.getpid()}_*") == before
 
 
 @pytest.mark.gpu
