@@ -4,14 +4,14 @@
 
 Two measurements on a Ray cluster of this machine alone, both with the trainer's own code:
 
-- *driver*: from accepted groups to update shards in the object store (advantages, mini-batches, balancing, packing,
-  weights, puts) for 8192 samples of up to 20,480 tokens in 16 mini-batches, over 16 data-parallel ranks. The old
-  log-probs are the engine's, so no pass of a model comes between. Each step has groups of its own, and begins when Ray
-  has the memory of the one before back, as in training, where a step takes longer than that. The first step of a run
-  is told apart: it finds no memory that was in use before.
-- *throughput*: samples from the driver into an actor that touches every array of token ids. Packed as here, one put a
-  shard; against one put a sample, each sample a dataclass of its arrays. Short samples show the cost of an object, long
-  ones that of its bytes.
+- *driver*: from accepted groups to update shards in the object store (advantages, mini-batches, balancing,
+  weights, packing, puts) for 8192 samples of up to 20,480 tokens in 16 mini-batches, over 16 data-parallel ranks. The
+  policy's log-probs are there at once. Each step has groups of its own, and begins when Ray has the memory of the one
+  before back, as in training, where a step takes longer than that. The first step of a run is told apart: it finds no
+  memory that was in use before.
+- *throughput*: samples from the driver into an actor that touches every array of token ids. In micro-batches as here,
+  one put a shard; against one put a sample, each sample a dataclass of its arrays; both packed before. Short samples
+  show the cost of an object, long ones that of its bytes.
 
 Lengths are log-normal (median and clip are printed), for that is what responses look like; `--uniform` draws them
 evenly up to the longest, twice as many tokens. Times are wall clock; of `--repeats` the median, and for the driver the
@@ -39,7 +39,17 @@ from megatron_dapo.mcore.parallel import RankLayout
 from megatron_dapo.obs.timers import Timers
 from megatron_dapo.runtime.ray import put
 from megatron_dapo.training_step import StepRules, prepare_step
-from megatron_dapo.types import Completion, Group, Prompt, RewardResult, Sample
+from megatron_dapo.types import (
+    Completion,
+    FloatArray,
+    Group,
+    MicroBatch,
+    Prompt,
+    RewardResult,
+    Sample,
+    SequenceBatch,
+    SequenceRows,
+)
 from megatron_dapo.workers.passes import MicroBatchLimits
 from megatron_dapo.workers.policy import PolicyWorker, UpdateShard
 from megatron_dapo.workers.policy_group import PassLimits, PolicyGroup
@@ -47,9 +57,7 @@ from megatron_dapo.workers.reference_group import SharedReference
 
 PROMPT, LONGEST, N = 256, 20480, 16
 LIMITS = MicroBatchLimits(tokens=40960, sequences=None, quadratic=1 / (12 * 5120))
-RULES = StepRules(  # mini-batches of 32 groups, 512 samples
-    ActorConfig(ppo_mini_batch_size=32, old_log_prob="rollout"), AlgorithmConfig(), RewardModelConfig()
-)
+RULES = StepRules(ActorConfig(ppo_mini_batch_size=32), AlgorithmConfig(), RewardModelConfig())  # 512 samples
 RAY_FREES = 3.0  # seconds in which Ray surely gives the memory of dropped objects back; it does so once a second
 
 
@@ -60,12 +68,12 @@ class Step:
     samples: int
     tokens: int
     megabytes: float  # that are put
-    packing: float
-    puts: float
+    planning: float  # advantages, mini-batches, balancing, weights
+    puts: float  # in which micro-batches are packed
 
     @property
     def seconds(self) -> float:
-        return self.packing + self.puts
+        return self.planning + self.puts
 
 
 @dataclass(frozen=True)
@@ -144,11 +152,11 @@ def make_groups(samples: int, median: int, longest: int, uniform: bool, random: 
 
 def step(groups: list[Group], dp_size: int) -> Step:
     """What the driver does for a step's updates, and how long it takes."""
-    policy = policy_on(dp_size)
+    policy = policy_on(dp_size, groups)
     time.sleep(RAY_FREES)
     started = time.perf_counter()
     updates = prepare_step(groups, policy, SharedReference(policy), RULES, Timers()).updates
-    packed = time.perf_counter()
+    planned = time.perf_counter()
     list(policy.update(updates, lr=1e-6))
     done = time.perf_counter()
     micro_batches = [micro for update in updates for rank in update.ranks for micro in rank]
@@ -156,14 +164,26 @@ def step(groups: list[Group], dp_size: int) -> Step:
         samples=sum(len(group.samples) for group in groups),
         tokens=sum(len(micro.sequences.token_ids) for micro in micro_batches),
         megabytes=sum(map(_bytes, micro_batches)) / 1e6,
-        packing=packed - started,
-        puts=done - packed,
+        planning=planned - started,
+        puts=done - planned,
     )
 
 
-def policy_on(dp_size: int) -> PolicyGroup:
+class KnownPolicy(PolicyGroup):
+    """Its log-probs of all groups are there before anybody asks."""
+
+    known: FloatArray  # [N]
+
+    def log_probs(self, sequences: SequenceRows | SequenceBatch) -> FloatArray:
+        return self.known
+
+
+def policy_on(dp_size: int, groups: Sequence[Group]) -> PolicyGroup:
+    """A policy whose log-probs are the engine's."""
     group: Any = StoreGroup(dp_size)
-    return PolicyGroup(group, PassLimits(LIMITS, LIMITS, LIMITS))
+    policy = KnownPolicy(group, PassLimits(LIMITS, LIMITS, LIMITS))
+    policy.known = np.concatenate([sample.completion.logprobs for each in groups for sample in each.samples])
+    return policy
 
 
 class StoreGroup:
@@ -185,16 +205,16 @@ class StoreGroup:
 
 def throughput(groups: list[Group], repeats: int) -> Throughput:
     reader: Any = Reader.remote()
-    policy = policy_on(1)
+    policy = policy_on(1, groups)
     updates = prepare_step(groups, policy, SharedReference(policy), RULES, Timers()).updates
-    shard = UpdateShard(tuple(update.ranks[0] for update in updates), 1e-6)
+    packed_already = [[MicroBatch(each.sequences, each.terms) for each in update.ranks[0]] for update in updates]
+    shard = UpdateShard(tuple(map(tuple, packed_already)), 1e-6)
+    loose = _loose_samples(groups)
     ray.get(reader.read.remote(shard))
     packed = _median(lambda: ray.get(reader.read.remote(ray.put(shard))), repeats)
-    one_by_one = _median(
-        lambda: ray.get([reader.read.remote(ray.put(each)) for each in _loose_samples(groups)]), repeats
-    )
-    lengths = [PROMPT + sample.length for group in groups for sample in group.samples]
-    return Throughput(len(lengths), statistics.mean(lengths), len(lengths) / packed, len(lengths) / one_by_one)
+    one_by_one = _median(lambda: ray.get([reader.read.remote(ray.put(each)) for each in loose]), repeats)
+    mean = sum(len(each.token_ids) for each in loose) / len(loose)
+    return Throughput(len(loose), mean, len(loose) / packed, len(loose) / one_by_one)
 
 
 def _loose_samples(groups: list[Group]) -> list[LooseSample]:
@@ -226,9 +246,9 @@ def _bytes(micro: Any) -> int:
 
 def _show(driver: dict[str, Step], compared: list[Throughput]) -> None:
     console = Console()
-    table = Table("driver: step", "samples", "tokens", "MB put", "packing s", "puts s", "seconds")
+    table = Table("driver: step", "samples", "tokens", "MB put", "planning s", "packing and puts s", "seconds")
     for name, each in driver.items():
-        seconds = (each.packing, each.puts, each.seconds)
+        seconds = (each.planning, each.puts, each.seconds)
         sizes = (f"{each.samples:,}", f"{each.tokens:,}", f"{each.megabytes:.0f}")
         table.add_row(name, *sizes, *(f"{value:.3f}" for value in seconds))
     console.print(table)
