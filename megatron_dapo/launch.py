@@ -112,9 +112,9 @@ def _on_ray(config: RunConfig, builds: Sequence[Build], drive: Callable[[Workers
 
     def share(build: Build) -> Share:
         if build is build_reference_host:
-            return Share(ref.nnodes, ref.n_gpus_per_node or 1, partial(build, config))
+            return Share(ref.nnodes, ref.n_gpus_per_node or 1, partial(build, config), name="reference")
         if runtime.colocate or build is not build_rollout_host:
-            name = "" if runtime.colocate else "policy"
+            name = "policy" if len(builds) > 1 else ""
             return Share(trainer.nnodes or 1, trainer.n_gpus_per_node or 1, partial(build, config), name=name)
         width = rollout.tensor_model_parallel_size
         ranks = (rollout.n_gpus_per_node or width) // width
