@@ -352,6 +352,11 @@ class RefConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "log_prob_max_token_len_per_gpu", "n_gpus_per_node", "nnodes")
+        if self.nnodes > 1 and self.n_gpus_per_node is None:
+            raise ConfigError(
+                f"nnodes is {self.nnodes} and n_gpus_per_node is absent: for actors of its own give the GPUs of a node "
+                "too, or leave nnodes out: the reference then lives on the policy's"
+            )
 
 
 @dataclass(frozen=True)

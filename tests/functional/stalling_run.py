@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from megatron_dapo import launch
@@ -73,32 +74,23 @@ def stall_in_the_third_push() -> None:
     StagedTransport._bring = stuck  # type: ignore[method-assign]
 
 
-def policy_stalls_in_a_push() -> None:
-    build = launch.build_policy_host
+def stall_in_a_push(builder: str) -> None:
+    """On the ranks that `launch` has built by the function of this name."""
+    build = getattr(launch, builder)
 
     def build_with_fault(config: RunConfig) -> WorkerHost:
         stall_in_the_third_push()
         return build(config)
 
-    launch.build_policy_host = build_with_fault
-
-
-def engine_stalls_in_a_push() -> None:
-    build = launch.build_rollout_host
-
-    def build_with_fault(config: RunConfig) -> WorkerHost:
-        stall_in_the_third_push()
-        return build(config)
-
-    launch.build_rollout_host = build_with_fault
+    setattr(launch, builder, build_with_fault)
 
 
 FAULTS: dict[str, Callable[[], None]] = {
     "none": lambda: None,
     "stall": stall_in_the_third_step,
     "slow rollout": write_slowly,
-    "policy stalls in a push": policy_stalls_in_a_push,
-    "engine stalls in a push": engine_stalls_in_a_push,
+    "policy stalls in a push": partial(stall_in_a_push, "build_policy_host"),
+    "engine stalls in a push": partial(stall_in_a_push, "build_rollout_host"),
 }
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ ROLLOUT = "actor_rollout_ref.rollout"
         ("reward_model.num_workers=0", "reward_model.num_workers is 0: wanted at least 1"),
         ("trainer.total_epochs=0", "trainer.total_epochs is 0: wanted at least 1"),
         ("trainer.n_gpus_per_node=0", "trainer.n_gpus_per_node is 0: wanted at least 1"),
+        ("actor_rollout_ref.ref.nnodes=4", "ref.nnodes is 4 and n_gpus_per_node is absent: .* give the GPUs of a node"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused_with_its_place_and_what_is_wanted(override, message):
